@@ -1,0 +1,353 @@
+"""From the frozen dataclasses of config.py to flags, and from a command line with recipes to a Config.
+
+A recipe is a command line written in YAML: `lr: 6e-4` is `--lr 6e-4`. Recipes come first, the user's flags
+after them, and the last one wins.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import difflib
+import inspect
+import math
+import re
+import types
+import typing
+from collections.abc import Sequence
+from fractions import Fraction
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import yaml
+
+from megatron import old_flags
+from megatron.config import MODEL_SIZES, Config, Count
+from megatron.errors import UserError
+
+SECTIONS: dict[str, type] = typing.get_type_hints(Config)
+"""Section name -> dataclass, in the order of --help."""
+
+FIELDS: dict[str, Any] = {
+    n: hint for section in SECTIONS.values() for n, hint in typing.get_type_hints(section).items()
+}
+"""Setting -> its type."""
+SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
+PRESET_FLAGS = ("num_layers", "hidden_size", "num_attention_heads")
+
+
+def parse_count(text: str) -> int:
+    """An exact int from 157e9, 0.5M, 300K, 30B, 1_000 or 1,000.
+
+    Raises:
+        ValueError: when the text is no number or no whole one.
+    """
+    text = text.strip()
+    if re.fullmatch(r"[0-9]{1,3}(,[0-9]{3})+", text):
+        text = text.replace(",", "")
+    match = re.fullmatch(r"([+-]?[0-9.]+(?:[eE][+-]?[0-9]{1,3})?)([KMBGT]?)", text.replace("_", ""))
+    if match is None:
+        raise ValueError(text)
+    value = Fraction(match[1]) * SUFFIXES[match[2]]
+    if value.denominator != 1:
+        raise ValueError(text)
+    return int(value)
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose faults are UserErrors, with a suggestion for a misspelt flag."""
+
+    def error(self, message: str) -> NoReturn:
+        """Turn argparse's own complaint into ours."""
+        raise UserError(f"{message}; see --help")
+
+    def parse_known(self, argv: Sequence[str], into: argparse.Namespace | None = None) -> argparse.Namespace:
+        """Parse `argv` into a namespace, refusing what is unknown with a suggestion."""
+        namespace, unknown = self.parse_known_args(list(argv), into)
+        if unknown:
+            raise UserError(self._unknown(unknown[0]))
+        return namespace
+
+    def _unknown(self, word: str) -> str:
+        """What to say of an argument that no flag takes."""
+        if not word.startswith("-"):
+            return f"unexpected argument {word!r}; flags start with --, see --help"
+        flag = word.partition("=")[0]
+        if advice := old_flags.advice(flag):
+            return advice
+        options = [o for action in self._actions for o in action.option_strings if action.help != argparse.SUPPRESS]
+        near = difflib.get_close_matches(flag, options, n=1, cutoff=0.6)
+        return f"unknown flag {flag}" + (f"; did you mean {near[0]}?" if near else "; see --help")
+
+
+@cache
+def field_docs(section: type) -> dict[str, str]:
+    """The text under each field of a dataclass, from its source."""
+    tree = ast.parse(inspect.getsource(section)).body[0]
+    if not isinstance(tree, ast.ClassDef):
+        return {}
+    docs = {}
+    for node, after in zip(tree.body, tree.body[1:], strict=False):
+        if (
+            isinstance(node, ast.AnnAssign)
+            and isinstance(node.target, ast.Name)
+            and isinstance(after, ast.Expr)
+            and isinstance(after.value, ast.Constant)
+        ):
+            docs[node.target.id] = " ".join(str(after.value.value).split())
+    return docs
+
+
+def _count_argument(text: str) -> int:
+    try:
+        return parse_count(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected a whole number such as 3000, 300K or 157e9, found {text!r}"
+        ) from None
+
+
+def _float_argument(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"expected a number, found {text!r}")
+    return value
+
+
+def _text_argument(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("expected a text, found an empty one")
+    return text
+
+
+class _Preset(argparse.Action):
+    """--model-size: sets the shape there and then, so that what is given after it wins."""
+
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        if values not in MODEL_SIZES:
+            raise argparse.ArgumentError(self, f"expected one of {', '.join(MODEL_SIZES)}, found {values!r}")
+        setattr(namespace, self.dest, values)
+        for name, value in zip(PRESET_FLAGS, MODEL_SIZES[values], strict=True):
+            setattr(namespace, name, value)
+
+
+class _Unset(argparse.Action):
+    """--unset FLAG: forget what a recipe or an earlier flag has set."""
+
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        name = str(values).removeprefix("--").replace("-", "_")
+        if name not in FIELDS:
+            raise argparse.ArgumentError(self, f"there is no setting {values}")
+        if hasattr(namespace, name):
+            delattr(namespace, name)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _help_of(doc: str, default: object) -> str:
+    """Help text with the default where there is one to show."""
+    text = doc.replace("%", "%%")
+    if default is None or default == () or isinstance(default, bool):
+        return text
+    return f"{text} [{default}]"
+
+
+def _add_field(group: argparse._ArgumentGroup, name: str, hint: Any, default: object, doc: str) -> None:
+    """One field of a dataclass as one flag. Defaults are suppressed: only what was given is in the namespace."""
+    flags = [_flag(name), *old_flags.aliases(name)]
+    shown: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": _help_of(doc, default)}
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        hint = next(a for a in typing.get_args(hint) if a is not type(None))
+    if name == "model_size":
+        group.add_argument(*flags, action=_Preset, metavar="{" + ",".join(MODEL_SIZES) + "}", **shown)
+    elif hint is bool:
+        group.add_argument(*flags, action=argparse.BooleanOptionalAction, **shown)
+    elif typing.get_origin(hint) is Literal:
+        group.add_argument(*flags, choices=typing.get_args(hint), **shown)
+    elif typing.get_origin(hint) is tuple:
+        group.add_argument(*flags, nargs="*", type=_text_argument, metavar="X", **shown)
+    elif hint is Count or hint is int:
+        group.add_argument(*flags, type=_count_argument, metavar="N", **shown)
+    elif hint is float:
+        group.add_argument(*flags, type=_float_argument, metavar="X", **shown)
+    else:
+        group.add_argument(*flags, type=_text_argument, metavar="TEXT", **shown)
+
+
+def build_parser(prog: str | None = None, description: str | None = None) -> Parser:
+    """The parser of every flag in config.py, grouped by section, and of --config."""
+    parser = Parser(
+        prog=prog,
+        usage="%(prog)s [--config RECIPE ...] [flags]",
+        description=description,
+        allow_abbrev=False,
+        epilog="Counts may be written 3000, 300K, 30B or 157e9. The last of two equal flags wins.",
+    )
+    parser.add_argument(
+        "--config", action="append", metavar="RECIPE", default=[],
+        help="a recipe: flags written in YAML, read before the other flags; may be repeated, the last wins",
+    )  # fmt: skip
+    parser.add_argument(
+        "--unset", action=_Unset, metavar="FLAG", default=argparse.SUPPRESS,
+        help="forget what a recipe or an earlier flag has set, as `flag: null` does in a recipe",
+    )  # fmt: skip
+    for section in SECTIONS.values():
+        hints = typing.get_type_hints(section)
+        docs = field_docs(section)
+        group = parser.add_argument_group((section.__doc__ or section.__name__).strip())
+        for f in dataclasses.fields(section):
+            _add_field(group, f.name, hints[f.name], f.default, docs[f.name])
+    old_flags.add_ignored(parser)
+    return parser
+
+
+class _RecipeLoader(yaml.BaseLoader):
+    """BaseLoader keeps every scalar as its text (6e-4 stays 6e-4) and lets no tag run code; this one also refuses
+    a key that stands twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            name = str(key.value).replace("-", "_")
+            if name in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
+def read_recipe(path: Path, within: tuple[Path, ...] = ()) -> list[tuple[Path, list[str]]]:
+    """The command lines that a recipe stands for, those of the recipes that it builds on first, each with its file.
+
+    A recipe names others under `config`, relative to itself; `within` are the recipes that led here.
+
+    Raises:
+        UserError: naming the file, when it is missing, no YAML, not a flat list of flags, or builds on itself.
+    """
+    if path.resolve() in within:
+        raise UserError(f"--config {path}: the recipe builds on itself")
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_RecipeLoader)
+    except FileNotFoundError:
+        raise UserError(f"--config {path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: cannot be read: {error}") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        raise UserError(f"--config {path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if content is None:
+        return []
+    if not isinstance(content, dict):
+        raise UserError(f"--config {path}: expected lines of `flag: value`, found a {type(content).__name__}")
+    lines: list[tuple[Path, list[str]]] = []
+    own: list[str] = []
+    for key, value in content.items():
+        values = value if isinstance(value, list) else [value]
+        if not all(isinstance(v, str) for v in values):
+            raise UserError(f"--config {path}: {key}: expected a value or a list of values, found something nested")
+        if key == "config":
+            lines += [line for name in values for line in read_recipe(path.parent / name, (*within, path.resolve()))]
+        else:
+            own += _recipe_entry(path, str(key), value)
+    return [*lines, (path, own)]
+
+
+def _recipe_entry(path: Path, key: str, value: str | list[str]) -> list[str]:
+    """One line of a recipe as arguments."""
+    name, flag = key.replace("-", "_"), _flag(key)
+    if isinstance(value, list):
+        if typing.get_origin(FIELDS.get(name)) is not tuple:
+            raise UserError(f"--config {path}: {key}: expected one value, found a list")
+        return [flag, *value]
+    word = value.lower()
+    if word in ("", "null", "~"):
+        return [f"--unset={flag}"]
+    positive = name.removeprefix("no_")
+    if FIELDS.get(name) is bool or FIELDS.get(positive) is bool:
+        switch = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}.get(word)
+        if switch is None:
+            raise UserError(f"--config {path}: {key}: expected true or false, found {value!r}")
+        on = switch == (FIELDS.get(name) is bool)
+        target = name if FIELDS.get(name) is bool else positive
+        return [_flag(target) if on else _flag("no_" + target)]
+    if word in ("true", "false") and name not in FIELDS:  # an old flag without a value
+        return [flag] if word == "true" else []
+    return [f"{flag}={value}"]
+
+
+def parse_config(parser: Parser, argv: Sequence[str]) -> tuple[Config, argparse.Namespace]:
+    """Parse recipes, then flags, into a frozen Config; the namespace holds the flags a tool added itself."""
+    first = Parser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config", action="append", default=[])
+    recipes = first.parse_known_args(list(argv))[0].config
+    given = argparse.Namespace()
+    for recipe in recipes:
+        for path, words in read_recipe(Path(recipe)):
+            try:
+                parser.parse_known(words, given)
+            except UserError as error:
+                raise UserError(f"--config {path}: {error}") from None
+    namespace = parser.parse_known(argv, given)
+    return config_from(vars(namespace)), namespace
+
+
+def config_from(given: dict[str, Any]) -> Config:
+    """A Config from the settings given, by field name; everything else keeps its default."""
+    sections = {}
+    for name, section in SECTIONS.items():
+        names = [f.name for f in dataclasses.fields(section)]
+        values = {n: tuple(given[n]) if isinstance(given[n], list) else given[n] for n in names if n in given}
+        sections[name] = section(**values)
+    return Config(**sections)
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved config as a recipe: every setting, by section, ready for --config."""
+    lines = ["# The resolved configuration of a run; it can be run again with --config."]
+    for name, section in SECTIONS.items():
+        lines.append(f"\n# {(section.__doc__ or name).strip()}")
+        for f in dataclasses.fields(section):
+            value = getattr(getattr(config, name), f.name)
+            text = yaml_value(value)
+            lines.append(
+                f"{f.name.replace('_', '-')}: {text}" if text is not None else f"# {f.name.replace('_', '-')}:"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def yaml_value(value: object) -> str | None:
+    """A setting as YAML text that reads back to the same value; None where the setting is not given."""
+    if value is None or value == ():
+        return None
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, tuple):
+        return "[" + ", ".join(_quoted(str(v)) for v in value) + "]"
+    if isinstance(value, (int, float)):
+        return repr(value)
+    return _quoted(str(value))
+
+
+def _quoted(text: str) -> str:
+    """A YAML scalar: plain where that is safe, else double-quoted."""
+    if re.fullmatch(r"[A-Za-z0-9_./+-]+(:[A-Za-z0-9_./+-]+)*", text) and text.lower() not in ("true", "false", "null"):
+        return text
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """Every setting of a config by its field name."""
+    return {
+        f.name: getattr(getattr(config, name), f.name)
+        for name, section in SECTIONS.items()
+        for f in dataclasses.fields(section)
+    }

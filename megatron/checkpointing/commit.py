@@ -1,0 +1,224 @@
+"""When a checkpoint counts as saved: publishing it, finding the newest, clearing away what died halfway.
+
+Names in a directory of checkpoints:
+
+- `iter_0001000`            a checkpoint, whole if its manifest says so;
+- `iter_0001000.tmp-<id>`   a save that is under way or died: never looked at;
+- `iter_0001000.old-<id>`   what a save of the same iteration is replacing: used only if that save died in between;
+- `latest`                  the name of the newest, for people and scripts: a hint that nothing here relies on.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from megatron.checkpointing.manifest import MANIFEST, Manifest, check_digests, check_sizes, read_manifest
+from megatron.errors import UserError
+from megatron.files import commit_directory, file_errors, fsync_directory, fsync_tree, write_atomic
+
+LATEST = "latest"
+_NAME = re.compile(r"iter_(\d{7,})(?:\.(tmp|old)-[0-9a-f]+)?")
+_LEFTOVER = re.compile(rf"\.{LATEST}\.tmp-[0-9a-f]+")
+Report = Callable[[str], None]
+"""Takes one line about something that was passed over."""
+
+
+def directory_name(iteration: int) -> str:
+    """The final name of the checkpoint of `iteration`."""
+    return f"iter_{iteration:07d}"
+
+
+def temporary_directory(directory: Path, iteration: int) -> Path:
+    """Create an empty directory in which to write the checkpoint of `iteration`."""
+    temporary = directory / f"{directory_name(iteration)}.tmp-{secrets.token_hex(4)}"
+    with file_errors("write", temporary):
+        directory.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+    return temporary
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Give the finished checkpoint `temporary` its name `final`, then let `latest` name it.
+
+    A checkpoint that already stands there is left alone if it is the same and whole; otherwise it steps aside,
+    and is deleted only when the new one has its name. Raises UserError; whatever fails, and wherever a crash
+    comes, `find_latest` gives the one or the other, whole.
+    """
+    surplus = None
+    if not os.path.lexists(final):
+        commit_directory(temporary, final)
+    elif _same(temporary, final):
+        surplus = temporary
+    else:
+        surplus = _replace(temporary, final)
+    write_atomic(final.parent / LATEST, final.name + "\n")
+    if surplus is not None:
+        delete_checkpoint(surplus)
+
+
+def delete_checkpoint(path: Path) -> None:
+    """Delete a checkpoint, its manifest first, so that it is never taken for a whole one while it goes."""
+    with file_errors("delete", path):
+        with suppress(FileNotFoundError):
+            os.unlink(path / MANIFEST)
+        fsync_directory(path)
+        shutil.rmtree(path)
+
+
+def find_latest(directory: Path, report: Report = lambda line: None) -> Path | None:
+    """The whole checkpoint of the highest iteration in `directory`, or None; `directory` may itself be one.
+
+    Whole means: a sound manifest, and every file there with its size (`load_checkpoint` reads the content too).
+    `report` gets a line for each temporary or broken directory passed over. Raises UserError where `directory`
+    cannot be read, or is itself a checkpoint that is not whole.
+    """
+    if _NAME.fullmatch(directory.name) or (directory / MANIFEST).exists():
+        open_manifest(directory)
+        return directory
+    found = None
+    for _, kind, path in _listed(directory):
+        if kind == "tmp":
+            report(f"{path}: ignored, a save that was not finished")
+        elif found is None:
+            try:
+                open_manifest(path)
+                found = path
+            except UserError as error:
+                report(f"{path}: ignored, not whole: {error}")
+    hint = _read_hint(directory)
+    if hint is not None and (found is None or hint != found.name):
+        report(f"{directory / LATEST}: ignored, it names {hint!r}, the newest whole checkpoint is {found}")
+    return found
+
+
+def damaged_checkpoints(directory: Path) -> list[Path]:
+    """The directories in `directory` that bear a checkpoint's final name, newest first, when none of them is whole."""
+    return [] if find_latest(directory) else [path for _, kind, path in _listed(directory) if kind != "tmp"]
+
+
+def set_aside_newer(directory: Path, iteration: int, report: Report = lambda line: None) -> None:
+    """Rename the checkpoints in `directory` that are newer than `iteration`: a run that goes on from an older one must
+    not find them again. They are kept as abandoned_iter_NNNNNNN-<id>, which nothing takes for a checkpoint."""
+    for other, kind, path in _listed(directory):
+        if other > iteration and kind is None:
+            aside = path.with_name(f"abandoned_{path.name}-{secrets.token_hex(4)}")
+            with file_errors("rename", path):
+                os.rename(path, aside)
+                fsync_directory(directory)
+            report(f"{path}: set aside as {aside.name}")
+
+
+def older_than(path: Path) -> Path | None:
+    """The newest whole checkpoint beside `path` of an earlier iteration, or None."""
+    match = _NAME.fullmatch(path.name)
+    for iteration, kind, other in _listed(path.parent) if match else ():
+        if kind != "tmp" and match is not None and iteration < int(match[1]):
+            with suppress(UserError):
+                open_manifest(other)
+                return other
+    return None
+
+
+def reap_temporary(directory: Path, report: Report = lambda line: None) -> list[Path]:
+    """Clear away what dead saves left in `directory`; the paths that were deleted.
+
+    Finishes an interrupted replacement: the old one goes where the new one stands whole, and gets its name back
+    where nothing has it. To be called by the one owner of the directory while no save is under way.
+    """
+    deleted = []
+    for _, kind, path in _listed(directory):
+        if kind == "old":
+            final = path.with_name(path.name.partition(".")[0])
+            if not os.path.lexists(final):
+                with file_errors("rename", path):
+                    os.rename(path, final)
+                    fsync_directory(directory)
+                report(f"{path}: renamed to {final.name}, its replacement was not finished")
+                continue
+            if not _whole(final):
+                continue
+        if kind is not None:
+            delete_checkpoint(path)
+            deleted.append(path)
+    if directory.is_dir():
+        for path in sorted(directory.iterdir()):
+            if _LEFTOVER.fullmatch(path.name):
+                with file_errors("delete", path):
+                    path.unlink()
+                deleted.append(path)
+    for path in deleted:
+        report(f"{path}: deleted, a save that was not finished")
+    return deleted
+
+
+def open_manifest(path: Path) -> Manifest:
+    """The manifest of the checkpoint `path`, its files being there with their sizes. Raises UserError."""
+    if not path.is_dir():
+        raise UserError(f"{path}: there is no such checkpoint")
+    manifest = read_manifest(path)
+    match = _NAME.fullmatch(path.name)
+    if match and int(match[1]) != manifest.iteration:
+        raise UserError(f"{path / MANIFEST}: expected iteration {int(match[1])}, found {manifest.iteration}")
+    check_sizes(path, manifest)
+    return manifest
+
+
+def _replace(temporary: Path, final: Path) -> Path:
+    """Put `temporary` in the place of `final`; where the replaced one is now."""
+    aside = final.with_name(f"{final.name}.old-{secrets.token_hex(4)}")
+    with file_errors("write", final):
+        fsync_tree(temporary)
+        os.rename(final, aside)
+    try:
+        commit_directory(temporary, final)
+    except UserError:
+        if not os.path.lexists(final):
+            with suppress(OSError):
+                os.rename(aside, final)
+        raise
+    return aside
+
+
+def _same(temporary: Path, final: Path) -> bool:
+    try:
+        manifest = open_manifest(final)
+        if manifest != read_manifest(temporary):
+            return False
+        check_digests(final, manifest)
+    except UserError:
+        return False
+    return True
+
+
+def _whole(path: Path) -> bool:
+    try:
+        open_manifest(path)
+    except UserError:
+        return False
+    return True
+
+
+def _listed(directory: Path) -> list[tuple[int, str | None, Path]]:
+    """(iteration, None, "tmp" or "old", path), newest iteration first, a final name before an old one."""
+    if not directory.exists():
+        return []
+    with file_errors("read", directory):
+        names = os.listdir(directory)
+    matches = [match for match in map(_NAME.fullmatch, names) if match]
+    found = [(int(match[1]), match[2], directory / match[0]) for match in matches]
+    return sorted(found, key=lambda item: (-item[0], item[1] or "", item[2].name))
+
+
+def _read_hint(directory: Path) -> str | None:
+    """What `latest` says, or None where it is not there."""
+    try:
+        with open(directory / LATEST, "rb") as stream:
+            return stream.read(256).decode(errors="replace").strip()
+    except OSError:
+        return None

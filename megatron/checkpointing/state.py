@@ -1,0 +1,114 @@
+"""Model and optimizer as one flat table of named tensors, and back, bit for bit.
+
+`model.<name>` is a parameter or a persistent buffer, `optim.<name>.<exp_avg|exp_avg_sq|step>` what AdamW remembers
+of it. A tied weight is one parameter and stands here once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from megatron.errors import UserError
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+STEP = "step"
+_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
+_LISTED = 8
+
+
+def collect(model: nn.Module, optimizer: Optimizer | None = None) -> dict[str, Tensor]:
+    """Name -> tensor of the model and, where given, of its AdamW: the live tensors themselves, not copies.
+
+    Every parameter that the optimizer updates has its three entries. One that never got a gradient has zeros,
+    which is what AdamW starts from, so that the table of names depends on the model alone.
+    Raises ValueError for an optimizer state or a parameter that the table has no place for.
+    """
+    return _table(model, optimizer)[0]
+
+
+def restore(model: nn.Module, optimizer: Optimizer | None, tensors: Mapping[str, Tensor]) -> None:
+    """Copy `tensors`, as `collect` gave them, into the model and its AdamW, which may be freshly built.
+
+    With `optimizer` None the `optim.` entries are left aside. Raises UserError, before anything is changed,
+    that lists the names which are missing, unexpected or of another shape or type.
+    """
+    table, fresh = _table(model, optimizer)
+    if optimizer is None:
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("optim.")}
+    load_into(table, tensors)
+    if optimizer is not None:
+        for parameter, state in fresh.items():
+            optimizer.state[parameter] = state
+
+
+def load_into(destination: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> None:
+    """Copy each of `loaded` into the tensor of the same name, in place.
+
+    Raises UserError, before anything is changed, unless names, shapes and types agree exactly.
+    """
+    missing = [name for name in destination if name not in loaded]
+    unexpected = [name for name in loaded if name not in destination]
+    mismatched = [
+        f"{name} (expected {_describe(tensor)}, found {_describe(loaded[name])})"
+        for name, tensor in destination.items()
+        if name in loaded and (tensor.shape != loaded[name].shape or tensor.dtype != loaded[name].dtype)
+    ]
+    faults = [
+        f"{len(names)} {kind}: {', '.join(names[:_LISTED])}{', ...' if len(names) > _LISTED else ''}"
+        for kind, names in (("missing", missing), ("unexpected", unexpected), ("mismatched", mismatched))
+        if names
+    ]
+    if faults:
+        hint = ""
+        if missing and all(name.startswith("optim.") for name in missing) and not unexpected:
+            hint = " (saved without optimizer state? --no-load-optim or --finetune loads the weights only)"
+        raise UserError(f"the checkpoint does not fit the model: {'; '.join(faults)}{hint}; check the model's flags")
+    with torch.no_grad():
+        for name, tensor in destination.items():
+            tensor.copy_(loaded[name])
+
+
+def _table(
+    model: nn.Module, optimizer: Optimizer | None
+) -> tuple[dict[str, Tensor], dict[nn.Parameter, dict[str, Tensor]]]:
+    """The flat table, and the states made for parameters of which the optimizer remembers nothing yet."""
+    names = {parameter: _plain(name) for name, parameter in model.named_parameters()}
+    table: dict[str, Tensor] = {f"model.{name}": parameter.detach() for parameter, name in names.items()}
+    persistent = model.state_dict(keep_vars=True)
+    for name, buffer in model.named_buffers():
+        if name in persistent:
+            table[f"model.{_plain(name)}"] = buffer.detach()
+    fresh: dict[nn.Parameter, dict[str, Tensor]] = {}
+    for group in optimizer.param_groups if optimizer is not None else ():
+        for parameter in group["params"]:
+            if parameter not in names:
+                raise ValueError(f"the optimizer updates a tensor of shape {tuple(parameter.shape)} not in the model")
+            state = optimizer.state.get(parameter) if optimizer is not None else None
+            if not state:
+                state = fresh[parameter] = _first_state(parameter, group)
+            if sorted(state) != sorted((*MOMENTS, STEP)):
+                raise ValueError(f"the optimizer remembers {sorted(state)} of {names[parameter]}, which is not AdamW's")
+            table |= {f"optim.{names[parameter]}.{key}": state[key] for key in (*MOMENTS, STEP)}
+    return table, fresh
+
+
+def _first_state(parameter: nn.Parameter, group: dict[str, object]) -> dict[str, Tensor]:
+    """What torch's AdamW starts from at the first gradient of `parameter`."""
+    on_device = bool(group.get("fused") or group.get("capturable"))
+    step = torch.zeros((), dtype=torch.float32, device=parameter.device if on_device else "cpu")
+    return {STEP: step} | {key: torch.zeros_like(parameter, requires_grad=False) for key in MOMENTS}
+
+
+def _plain(name: str) -> str:
+    """`name` without the parts that torch.compile and activation checkpointing put into it."""
+    for part in _WRAPPERS:
+        name = name.replace(part, "")
+    return name
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"

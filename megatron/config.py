@@ -1,0 +1,553 @@
+"""Every knob of a run, one frozen dataclass a section, each with its check and its help text under it.
+
+`arguments.py` turns these classes into flags: `num_layers` is `--num-layers`, the text under the field is
+its help, a `bool` is `--x/--no-x`. A room of the program gets its section, never the whole.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Literal
+
+from megatron.errors import UserError
+from megatron.progress import Duration, Unit
+
+Count = int
+"""An int that may be written as 157e9, 300K, 30B or 1_000 on the command line."""
+
+MODEL_SIZES: dict[str, tuple[int, int, int]] = {
+    "117M": (12, 768, 12),
+    "345M": (24, 1024, 16),
+    "774M": (36, 1280, 20),
+    "1.5B": (48, 1600, 25),
+    "gpt3-125M": (12, 768, 12),
+}
+"""name -> (layers, hidden size, attention heads). gpt3-125M differs from 117M in its recipe, not its shape."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise UserError with `message` unless `condition` holds."""
+    if not condition:
+        raise UserError(message)
+
+
+def parse_stages(text: str, *, seq_length: int, multiple: int) -> tuple[list[int], list[int]]:
+    """Read `128:20000,1024` into lengths [128, 1024] and last steps [20000].
+
+    Raises:
+        UserError: unless lengths are multiples of `multiple`, last steps rise, and the last stage is `seq_length`.
+    """
+    what = f"--seqlen-stages {text}"
+    lengths: list[int] = []
+    last_steps: list[int] = []
+    parts = text.split(",")
+    for number, part in enumerate(parts):
+        length, colon, last = part.strip().partition(":")
+        final = number == len(parts) - 1
+        if not length.isdecimal() or (not final and not last.isdecimal()) or (final and colon):
+            raise UserError(f"{what}: expected LENGTH:LAST_STEP,...,LENGTH such as 128:20000,1024, found {part!r}")
+        lengths.append(int(length))
+        if not final:
+            last_steps.append(int(last))
+    for value in lengths:
+        if not multiple <= value <= seq_length or value % multiple:
+            raise UserError(
+                f"{what}: length {value} must be a multiple of --seqlen-multiple {multiple} "
+                f"from {multiple} to --seq-length {seq_length}"
+            )
+    if lengths[-1] != seq_length:
+        raise UserError(f"{what}: the last stage must be the full --seq-length {seq_length}, found {lengths[-1]}")
+    if any(b <= a for a, b in zip([0, *last_steps], last_steps, strict=False)):
+        raise UserError(f"{what}: the last steps must rise, found {last_steps}")
+    return lengths, last_steps
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Model"""
+
+    model_size: Literal["117M", "345M", "774M", "1.5B", "gpt3-125M"] | None = None
+    """Preset for --num-layers, --hidden-size and --num-attention-heads; what is given after it wins."""
+    num_layers: int = 12
+    """Transformer blocks."""
+    hidden_size: int = 768
+    """Width of the residual stream."""
+    num_attention_heads: int = 12
+    """Attention heads; must divide --hidden-size."""
+    seq_length: int = 1024
+    """Full sequence length: samples are indexed at it, evaluation runs at it, the warmup ends at it."""
+    max_position_embeddings: int | None = None
+    """Rows of the position embedding (default: --seq-length)."""
+    make_vocab_size_divisible_by: int = 128
+    """The vocabulary is padded to a multiple of this; padded tokens have probability zero."""
+    hidden_dropout: float = 0.1
+    """Dropout of embeddings and of each residual branch."""
+    attention_dropout: float = 0.1
+    """Dropout of attention probabilities."""
+    init_method_std: float = 0.02
+    """Standard deviation of the initial weights; outputs of residual branches get std / sqrt(2 * layers)."""
+    norm_epsilon: float = 1e-5
+    """Epsilon of the layer norms."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "make_vocab_size_divisible_by"):
+            require(getattr(self, name) >= 1, f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
+        require(
+            self.hidden_size % self.num_attention_heads == 0,
+            f"--hidden-size {self.hidden_size} must be a multiple of --num-attention-heads {self.num_attention_heads}",
+        )
+        require(
+            self.max_position_embeddings is None or self.max_position_embeddings >= self.seq_length,
+            f"--max-position-embeddings {self.max_position_embeddings} must be at least --seq-length {self.seq_length}",
+        )
+        for name in ("init_method_std", "norm_epsilon"):
+            value = getattr(self, name)
+            require(value > 0, f"--{name.replace('_', '-')} {value} must be positive")
+        for name in ("hidden_dropout", "attention_dropout"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"--{name.replace('_', '-')} {value} must be in [0, 1)")
+
+    @property
+    def positions(self) -> int:
+        """Rows of the position embedding."""
+        return self.max_position_embeddings or self.seq_length
+
+    def padded_vocab_size(self, vocab_size: int) -> int:
+        """`vocab_size` rounded up to a multiple of --make-vocab-size-divisible-by."""
+        multiple = self.make_vocab_size_divisible_by
+        return -(-vocab_size // multiple) * multiple
+
+
+@dataclass(frozen=True)
+class SeqlenWarmupConfig:
+    """Sequence length warmup"""
+
+    seqlen_warmup: Literal["none", "linear", "root", "discrete"] = "none"
+    """Pacing function: how the sequence length grows from --seqlen-start to --seq-length."""
+    seqlen_start: int = 8
+    """Sequence length at the start (linear, root)."""
+    seqlen_warmup_iters: Count | None = None
+    """T: optimizer steps until full length (linear, root)."""
+    seqlen_warmup_tokens: Count | None = None
+    """T in tokens instead: the position is the tokens trained on before the step (linear, root)."""
+    seqlen_multiple: int = 8
+    """Every length is a multiple of this: 8 for Tensor Cores, 16 for int8."""
+    seqlen_root_degree: int = 2
+    """Degree d of the root pacing: (t/T)^(1/d)."""
+    seqlen_stages: str | None = None
+    """Lengths and the last step of each, for discrete pacing: 128:20000,1024 is two-stage (Shortformer)."""
+
+    def duration(self) -> Duration:
+        """T of linear and root pacing."""
+        if self.seqlen_warmup_tokens is not None:
+            return Duration(self.seqlen_warmup_tokens, "tokens")
+        return Duration(self.seqlen_warmup_iters or 0, "iters")
+
+    def check(self, seq_length: int) -> None:
+        """Raise UserError unless this pacing leads from its start to `seq_length`."""
+        if self.seqlen_warmup == "none":
+            for name in ("seqlen_warmup_iters", "seqlen_warmup_tokens", "seqlen_stages"):
+                flag = "--" + name.replace("_", "-")
+                require(
+                    getattr(self, name) is None, f"{flag} has no effect without --seqlen-warmup; choose one or drop it"
+                )
+            return
+        multiple = self.seqlen_multiple
+        require(multiple >= 1, f"--seqlen-multiple {multiple} must be at least 1")
+        require(
+            seq_length % multiple == 0,
+            f"--seq-length {seq_length} must be a multiple of --seqlen-multiple {multiple}, else it is never reached",
+        )
+        if self.seqlen_warmup == "discrete":
+            durations = [v for v in (self.seqlen_warmup_iters, self.seqlen_warmup_tokens) if v is not None]
+            require(not durations, "--seqlen-warmup discrete takes its durations from --seqlen-stages alone")
+            if self.seqlen_stages is None:
+                raise UserError("--seqlen-warmup discrete needs --seqlen-stages, such as 128:20000,1024")
+            parse_stages(self.seqlen_stages, seq_length=seq_length, multiple=multiple)
+            return
+        require(
+            self.seqlen_stages is None, f"--seqlen-stages goes with --seqlen-warmup discrete, not {self.seqlen_warmup}"
+        )
+        start = self.seqlen_start
+        require(start >= multiple, f"--seqlen-start {start} must be at least --seqlen-multiple {multiple}")
+        require(start % multiple == 0, f"--seqlen-start {start} must be a multiple of --seqlen-multiple {multiple}")
+        require(start <= seq_length, f"--seqlen-start {start} must not exceed --seq-length {seq_length}")
+        given = [v for v in (self.seqlen_warmup_iters, self.seqlen_warmup_tokens) if v is not None]
+        require(
+            len(given) == 1,
+            f"--seqlen-warmup {self.seqlen_warmup} needs one of --seqlen-warmup-iters and --seqlen-warmup-tokens, "
+            f"found {'both' if given else 'neither'}",
+        )
+        require(given[0] >= 1, f"the duration of the sequence length warmup must be at least 1, found {given[0]}")
+        require(1 <= self.seqlen_root_degree <= 16, f"--seqlen-root-degree {self.seqlen_root_degree} must be 1 to 16")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Training"""
+
+    train_tokens: Count | None = None
+    """Stop at the first step where the tokens trained on reach this."""
+    train_iters: Count | None = None
+    """Stop after this many optimizer steps."""
+    train_samples: Count | None = None
+    """Stop at the first step where the samples drawn reach this."""
+    exit_interval: Count | None = None
+    """Save and leave after every so many iterations, to be started again."""
+    global_batch_size: int = 512
+    """Sequences an optimizer step, over all micro-batches."""
+    micro_batch_size: int | None = None
+    """Sequences of full length in one forward pass: sets the token budget to this times --seq-length (default 4)."""
+    micro_batch_tokens: Count | None = None
+    """Token budget of one forward pass: at sequence length s it holds floor(budget / s) sequences."""
+    fixed_micro_batch: bool = False
+    """Keep --micro-batch-size sequences a forward pass at every length, as the original did (for comparison)."""
+    seed: int = 1234
+    """Seed of initial weights, dropout and the order of samples."""
+    fp16: bool = False
+    """Train in fp16 with dynamic loss scaling, on a GPU (weights and optimizer stay fp32)."""
+    bf16: bool = False
+    """Train in bf16 (weights and optimizer stay fp32)."""
+    loss_scale: float | None = None
+    """Fixed loss scale for fp16 (default, and 0: dynamic)."""
+    initial_loss_scale: float = 2.0**32
+    """First dynamic loss scale."""
+    min_loss_scale: float = 1.0
+    """Smallest dynamic loss scale."""
+    loss_scale_window: int = 1000
+    """Steps without overflow before the loss scale doubles."""
+    hysteresis: int = 2
+    """Overflows tolerated before the loss scale halves."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; auto takes the GPU where there is one."""
+    recompute_granularity: Literal["none", "full"] = "none"
+    """Activation checkpointing: full recomputes each block in the backward pass."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile with dynamic shapes; auto compiles on a GPU, and runs eagerly on the CPU."""
+    deterministic: bool = False
+    """Ask torch for deterministic kernels on a GPU, at a cost in speed (the CPU always is)."""
+
+    def __post_init__(self) -> None:
+        require(
+            any(v is not None for v in (self.train_tokens, self.train_iters, self.train_samples)),
+            "nothing says when to stop: give --train-tokens, --train-iters or --train-samples",
+        )
+        for name in (
+            "train_tokens",
+            "train_iters",
+            "train_samples",
+            "exit_interval",
+            "micro_batch_size",
+            "micro_batch_tokens",
+        ):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"--{name.replace('_', '-')} {value} must be at least 1")
+        require(self.global_batch_size >= 1, f"--global-batch-size {self.global_batch_size} must be at least 1")
+        require(
+            self.micro_batch_size is None or self.micro_batch_tokens is None,
+            "--micro-batch-size and --micro-batch-tokens both set the size of a forward pass: give one",
+        )
+        require(
+            not (self.fixed_micro_batch and self.micro_batch_tokens is not None),
+            "--fixed-micro-batch counts sequences: give --micro-batch-size, not --micro-batch-tokens",
+        )
+        if self.micro_batch_size is not None:
+            require(
+                self.global_batch_size % self.micro_batch_size == 0,
+                f"--global-batch-size {self.global_batch_size} must be a multiple of "
+                f"--micro-batch-size {self.micro_batch_size}",
+            )
+        require(not (self.fp16 and self.bf16), "--fp16 and --bf16 exclude each other: give one")
+        require(0 <= self.seed < 2**63, f"--seed {self.seed} must be from 0 to 2^63 - 1")
+        require(self.loss_scale is None or self.fp16, "--loss-scale has no effect without --fp16")
+        require(self.loss_scale is None or self.loss_scale >= 0, f"--loss-scale {self.loss_scale} must not be negative")
+        for name in ("initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis"):
+            value = getattr(self, name)
+            require(value > 0, f"--{name.replace('_', '-')} {value} must be positive")
+
+    def ends(self) -> list[Duration]:
+        """Every limit given; the run stops at the first that is reached."""
+        limits: list[tuple[int | None, Unit]] = [
+            (self.train_tokens, "tokens"),
+            (self.train_iters, "iters"),
+            (self.train_samples, "samples"),
+        ]
+        return [Duration(value, unit) for value, unit in limits if value is not None]
+
+    def micro_batch_sequences(self, seqlen: int, seq_length: int) -> int:
+        """Sequences of `seqlen` tokens in one forward pass, at least 1."""
+        size = self.micro_batch_size or min(4, self.global_batch_size)
+        if self.fixed_micro_batch:
+            return size
+        budget = self.micro_batch_tokens or size * seq_length
+        return max(1, budget // seqlen)
+
+
+@dataclass(frozen=True)
+class LearningRateConfig:
+    """Learning rate"""
+
+    lr: float = 1.5e-4
+    """Peak learning rate."""
+    min_lr: float = 0.0
+    """Floor of the decay."""
+    lr_floor: Literal["clip", "interpolate"] = "clip"
+    """clip: max(decayed, min_lr), as the paper's runs; interpolate: decay from the peak to min_lr."""
+    lr_decay_style: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """Shape of the decay after the warmup; wsd is constant, then linear over the last --lr-wsd-fraction."""
+    lr_warmup_iters: Count | None = None
+    """Linear warmup over this many steps: step t uses peak * t / W."""
+    lr_warmup_tokens: Count | None = None
+    """Linear warmup over this many tokens."""
+    lr_warmup_samples: Count | None = None
+    """Linear warmup over this many samples."""
+    lr_warmup_fraction: float | None = None
+    """Linear warmup over this fraction of the decay span, in its unit."""
+    lr_decay_tokens: Count | None = None
+    """Decay over tokens, until this many (default: --train-tokens)."""
+    lr_decay_iters: Count | None = None
+    """Decay over steps, until this many (default: --train-iters where no tokens are given)."""
+    lr_decay_samples: Count | None = None
+    """Decay over samples, until this many."""
+    lr_wsd_fraction: float = 0.1
+    """Share of the decay span that wsd spends decaying, at its end."""
+
+    def __post_init__(self) -> None:
+        require(self.lr >= 0, f"--lr {self.lr} must not be negative")
+        require(0 <= self.min_lr <= self.lr, f"--min-lr {self.min_lr} must lie between 0 and --lr {self.lr}")
+        warmups = [n for n in ("iters", "tokens", "samples", "fraction") if getattr(self, f"lr_warmup_{n}") is not None]
+        require(
+            len(warmups) <= 1,
+            "give one length of the learning rate warmup, found " + " and ".join(f"--lr-warmup-{n}" for n in warmups),
+        )
+        for name in warmups:
+            value = getattr(self, f"lr_warmup_{name}")
+            require(value >= 0, f"--lr-warmup-{name} {value} must not be negative")
+        fraction = self.lr_warmup_fraction
+        require(fraction is None or fraction < 1, f"--lr-warmup-fraction {fraction} must be below 1")
+        decays = [n for n in ("tokens", "iters", "samples") if getattr(self, f"lr_decay_{n}") is not None]
+        require(
+            len(decays) <= 1,
+            "give one length of the learning rate decay, found " + " and ".join(f"--lr-decay-{n}" for n in decays),
+        )
+        require(0 < self.lr_wsd_fraction <= 1, f"--lr-wsd-fraction {self.lr_wsd_fraction} must be in (0, 1]")
+
+    def decay(self, training: TrainingConfig) -> Duration:
+        """Where the decay ends; the run's own end where no --lr-decay-* is given."""
+        options: list[tuple[int | None, Unit]] = [
+            (self.lr_decay_tokens, "tokens"),
+            (self.lr_decay_iters, "iters"),
+            (self.lr_decay_samples, "samples"),
+        ]
+        for value, unit in options:
+            if value is not None:
+                return Duration(value, unit)
+        return training.ends()[0]
+
+    def warmup(self, training: TrainingConfig) -> Duration:
+        """Where the warmup ends; 0 steps where none is given."""
+        if self.lr_warmup_fraction is not None:
+            decay = self.decay(training)
+            return Duration(int(self.lr_warmup_fraction * decay.value), decay.unit)
+        if self.lr_warmup_tokens is not None:
+            return Duration(self.lr_warmup_tokens, "tokens")
+        if self.lr_warmup_samples is not None:
+            return Duration(self.lr_warmup_samples, "samples")
+        return Duration(self.lr_warmup_iters or 0, "iters")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Optimizer"""
+
+    adam_beta1: float = 0.9
+    """Decay of the momentum."""
+    adam_beta2: float = 0.999
+    """Decay of the variance."""
+    adam_eps: float = 1e-8
+    """Added to the denominator."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay of matrices; biases and layer norms have none."""
+    decay_embeddings: bool = True
+    """Also decay the embeddings, as the paper's runs did."""
+    clip_grad: float = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+    moment_statistics_interval: int = 1
+    """Compute the norms of Adam's variance and momentum every so many steps; 0 turns them off."""
+
+    def __post_init__(self) -> None:
+        for name in ("adam_beta1", "adam_beta2"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"--{name.replace('_', '-')} {value} must be in [0, 1)")
+        require(self.adam_eps > 0, f"--adam-eps {self.adam_eps} must be positive")
+        for name in ("weight_decay", "clip_grad", "moment_statistics_interval"):
+            value = getattr(self, name)
+            require(value >= 0, f"--{name.replace('_', '-')} {value} must not be negative")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Data"""
+
+    data_path: tuple[str, ...] = ()
+    """Prefix of a preprocessed corpus (without .bin/.idx), or weights and prefixes in turn: 0.3 wiki 0.7 web."""
+    split: str = "949,50,1"
+    """Shares of documents for training, validation and test."""
+    data_cache_path: str | None = None
+    """Where sample indices are cached (default: a folder index-cache beside each corpus, for large indices only)."""
+    num_workers: int = 1
+    """Threads that read ahead; 0 reads in the training thread."""
+    eod_mask_loss: bool = False
+    """Do not train on predictions made from the end-of-document token."""
+    reset_position_ids: bool = False
+    """Restart positions after each end-of-document token."""
+    reset_attention_mask: bool = False
+    """Forbid attention across end-of-document tokens."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.num_workers <= 64, f"--num-workers {self.num_workers} must be from 0 to 64")
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """Tokenizer"""
+
+    tokenizer_type: Literal["GPT2BPETokenizer", "HFTokenizer"] = "GPT2BPETokenizer"
+    """GPT2BPETokenizer reads --vocab-file and --merge-file, HFTokenizer reads --tokenizer-file."""
+    vocab_file: str | None = None
+    """vocab.json of the GPT-2 BPE."""
+    merge_file: str | None = None
+    """merges.txt of the GPT-2 BPE."""
+    tokenizer_file: str | None = None
+    """tokenizer.json of Hugging Face tokenizers."""
+    vocab_size: int | None = None
+    """Train without a tokenizer: the vocabulary's size before padding."""
+
+    def __post_init__(self) -> None:
+        require(self.vocab_size is None or self.vocab_size >= 1, f"--vocab-size {self.vocab_size} must be at least 1")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Evaluation"""
+
+    eval_interval: Count | None = None
+    """Validate every so many steps (default 1000 where no --eval-interval-tokens is given; 0: only at the end)."""
+    eval_interval_tokens: Count | None = None
+    """Validate every so many tokens, so that curves of different runs share their x-values."""
+    eval_iters: int = 100
+    """Batches of --global-batch-size samples a validation; the same samples every time, at full length."""
+    test: bool = True
+    """Evaluate on the test split when training ends."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.eval_interval is None or self.eval_interval_tokens is None,
+            "--eval-interval and --eval-interval-tokens both say when to validate: give one",
+        )
+        for name in ("eval_interval", "eval_interval_tokens"):
+            value = getattr(self, name)
+            require(value is None or value >= 0, f"--{name.replace('_', '-')} {value} must not be negative")
+        require(self.eval_iters >= 1, f"--eval-iters {self.eval_iters} must be at least 1")
+
+    def interval(self) -> Duration | None:
+        """Distance between validations; None for only at the end."""
+        if self.eval_interval_tokens is not None:
+            return Duration(self.eval_interval_tokens, "tokens") if self.eval_interval_tokens else None
+        steps = 1000 if self.eval_interval is None else self.eval_interval
+        return Duration(steps, "iters") if steps else None
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Checkpoints"""
+
+    save: str | None = None
+    """The run's home: config.yaml, metrics.jsonl, tensorboard/ and checkpoints."""
+    load: str | None = None
+    """Resume from the newest checkpoint below this directory, or from this checkpoint. Where --load is --save and holds
+    none yet, train from scratch."""
+    save_interval: Count | None = None
+    """Save every so many steps (default 1000 where no --save-interval-tokens is given), and always at the end."""
+    save_interval_tokens: Count | None = None
+    """Save every so many tokens."""
+    finetune: bool = False
+    """Load weights only and start at step 0, in a new --save directory."""
+    save_optim: bool = True
+    """Save the optimizer state too; without it a checkpoint can be evaluated but not resumed."""
+    load_optim: bool = True
+    """Load the optimizer state too."""
+    save_rng: bool = True
+    """Save the state of the random number generators."""
+    load_rng: bool = True
+    """Load the state of the random number generators."""
+    override: tuple[str, ...] = ()
+    """Settings that may differ from the checkpoint's on resume, by name: --override lr global_batch_size."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.save_interval is None or self.save_interval_tokens is None,
+            "--save-interval and --save-interval-tokens both say when to save: give one",
+        )
+        for name in ("save_interval", "save_interval_tokens"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"--{name.replace('_', '-')} {value} must be at least 1")
+
+    def interval(self) -> Duration | None:
+        """Distance between checkpoints; None where nothing is saved."""
+        if self.save is None:
+            return None
+        if self.save_interval_tokens is not None:
+            return Duration(self.save_interval_tokens, "tokens")
+        return Duration(self.save_interval or 1000, "iters")
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """Logging"""
+
+    log_interval: int = 100
+    """Print a progress line every so many steps (metrics.jsonl has every step)."""
+    tensorboard: bool = True
+    """Write TensorBoard events to SAVE/tensorboard."""
+    tensorboard_dir: str | None = None
+    """Another place for TensorBoard events."""
+
+    def __post_init__(self) -> None:
+        require(self.log_interval >= 1, f"--log-interval {self.log_interval} must be at least 1")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run. Checks that span sections are made here."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    seqlen_warmup: SeqlenWarmupConfig = field(default_factory=SeqlenWarmupConfig)
+    training: TrainingConfig = field(default_factory=lambda: TrainingConfig(train_tokens=1))
+    learning_rate: LearningRateConfig = field(default_factory=LearningRateConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    def __post_init__(self) -> None:
+        self.seqlen_warmup.check(self.model.seq_length)
+        warmup = self.learning_rate.warmup(self.training)
+        decay = self.learning_rate.decay(self.training)
+        if self.learning_rate.lr_decay_style != "constant" and warmup.value:
+            require(
+                decay.unit in (warmup.unit, "tokens"),
+                f"a decay over {decay.unit} needs a learning rate warmup in {decay.unit}, found {warmup.unit}: "
+                f"give --lr-warmup-{decay.unit}, or decay over tokens with --lr-decay-tokens",
+            )
+            require(
+                warmup.unit != decay.unit or warmup.value < decay.value,
+                f"the learning rate warmup ({warmup.value:,} {warmup.unit}) must end before "
+                f"its decay does ({decay.value:,} {decay.unit})",
+            )
+        known = {f.name for section in fields(self) for f in fields(getattr(self, section.name))}
+        known |= {"lr_decay", "data", "tokenizer"}
+        for name in self.checkpoint.override:
+            require(name.replace("-", "_") in known, f"--override {name}: there is no such setting")

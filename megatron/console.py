@@ -1,0 +1,225 @@
+"""What a run says on the terminal: one live line, or plain lines where the output is a file or a pipe."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any, NamedTuple, TextIO
+
+REDRAW_SECONDS = 0.1
+"""The live line is drawn at most this often: a step may take a millisecond."""
+WINDOW_SECONDS = 30.0
+"""The speed is that of the last 30 seconds, or of the last tenth of the run where that is longer."""
+WINDOW_SAMPLES = 200
+
+
+class _Sample(NamedTuple):
+    clock: float
+    seconds: float
+    tokens: int
+
+
+class ProgressLine:
+    """The progress of one run, on a terminal in place, elsewhere as one line every `log_interval` steps.
+
+    The time left follows from the tokens left, not the steps: under sequence length warmup late steps hold many
+    times the tokens of early ones. As short steps also run at another speed than long ones, the speed is taken
+    from a recent window only.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        target_tokens: int | None,
+        log_interval: int = 100,
+        silent: bool = False,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`target_tokens` is what the run will have trained on at its end (None: unknown, no percentage and no ETA).
+
+        `silent` (ranks other than 0) makes every method do nothing. `stream` defaults to standard output.
+        """
+        self._name = name
+        self._target = target_tokens
+        self._log_interval = log_interval
+        self._silent = silent
+        self._stream = sys.stdout if stream is None else stream
+        self._clock = clock
+        self._live = self._stream.isatty() and os.environ.get("TERM") != "dumb"
+        self._start = clock()
+        self._drawn = -math.inf
+        self._line = ""
+        self._window: deque[_Sample] = deque()
+        self._last: Mapping[str, Any] | None = None
+        self._last_printed: int | None = None
+
+    def update(self, step: Mapping[str, Any]) -> None:
+        """Show one optimizer step, the object of metrics.jsonl: iteration, consumed_tokens, loss, seqlen, lr, ...
+
+        `seconds`, the training time so far without evaluation, makes the speed shown that of training alone.
+        """
+        if self._silent:
+            return
+        now = self._clock()
+        self._observe(now, step)
+        self._last = step
+        if self._live:
+            if now - self._drawn >= REDRAW_SECONDS:
+                self._draw(now)
+        elif step["iteration"] % self._log_interval == 0:
+            self._print_step(step)
+
+    def validation(self, entry: Mapping[str, Any], *, event: str = "validation") -> None:
+        """Print the result of an evaluation: iteration, consumed_tokens, loss, perplexity."""
+        parts = [event, f"step {entry['iteration']:,}"]
+        if entry.get("consumed_tokens") is not None:
+            parts.append(f"{format_count(entry['consumed_tokens'])} tokens")
+        parts.append(f"loss {entry['loss']:.4f}")
+        if entry.get("perplexity") is not None:
+            parts.append(f"perplexity {entry['perplexity']:,.2f}")
+        self.message(" | ".join(parts))
+
+    def message(self, text: str) -> None:
+        """Print a line of its own; the live line stays below it."""
+        if self._silent:
+            return
+        erase = "\r\x1b[2K" if self._line else ""
+        self._write(f"{erase}{text}\n{self._line}")
+
+    def speed(self) -> float | None:
+        """Recent tokens per second of training time; None before the second step."""
+        if len(self._window) < 2:
+            return None
+        first, last = self._window[0], self._window[-1]
+        seconds = last.seconds - first.seconds
+        return (last.tokens - first.tokens) / seconds if seconds > 0 else None
+
+    def seconds_left(self) -> float | None:
+        """Seconds of wall time until the target, at the recent pace, with the evaluations that fell into it."""
+        if self._target is None or len(self._window) < 2:
+            return None
+        first, last = self._window[0], self._window[-1]
+        tokens = last.tokens - first.tokens
+        if tokens <= 0:
+            return None
+        return max(0, self._target - last.tokens) * (last.clock - first.clock) / tokens
+
+    def print_last(self) -> None:
+        """Elsewhere than on a terminal: print the last step now, if it was not due."""
+        last = None if self._silent or self._live else self._last
+        if last is not None and last["iteration"] != self._last_printed:
+            self._print_step(last)
+
+    def close(self) -> None:
+        """End the live line; elsewhere print the last step, if it is not there yet."""
+        if self._silent or self._last is None:
+            return
+        if self._live:
+            self._draw(self._clock())
+            self._write("\n")
+            self._line = ""
+        elif self._last["iteration"] != self._last_printed:
+            self._print_step(self._last)
+        self._last = None
+
+    def __enter__(self) -> ProgressLine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _observe(self, now: float, step: Mapping[str, Any]) -> None:
+        seconds = step.get("seconds")
+        sample = _Sample(now, now if seconds is None else float(seconds), int(step["consumed_tokens"]))
+        span = max(WINDOW_SECONDS, 0.1 * (now - self._start))
+        window = self._window
+        # The newest sample is replaced until it is far enough from the one before it: the window stays small.
+        if len(window) >= 2 and window[-1].clock - window[-2].clock < span / WINDOW_SAMPLES:
+            window[-1] = sample
+        else:
+            window.append(sample)
+        while len(window) > 2 and now - window[1].clock >= span:
+            window.popleft()
+
+    def _fields(self, step: Mapping[str, Any]) -> list[str]:
+        tokens = format_count(step["consumed_tokens"])
+        if self._target:
+            share = min(1.0, step["consumed_tokens"] / self._target)
+            tokens = f"{tokens}/{format_count(self._target)} tokens {math.floor(100 * share)}%"
+        else:
+            tokens += " tokens"
+        parts = [f"step {step['iteration']:,}", tokens]
+        for key, label, style in (
+            ("loss", "loss", ".4f"),
+            ("seqlen", "seqlen", "d"),
+            ("lr", "lr", ".1e"),
+            ("grad_norm", "grad norm", ".2f"),
+        ):
+            if step.get(key) is not None:
+                parts.append(f"{label} {step[key]:{style}}")
+        speed = self.speed()
+        if speed is not None:
+            parts.append(f"{format_count(speed)} tok/s")
+        if self._target:
+            parts.append(f"ETA {format_duration(self.seconds_left())}")
+        return parts
+
+    def _print_step(self, step: Mapping[str, Any]) -> None:
+        self._last_printed = step["iteration"]
+        self._write(" | ".join(self._fields(step)) + "\n")
+
+    def _draw(self, now: float) -> None:
+        if self._last is None:
+            return
+        self._drawn = now
+        step, *rest = self._fields(self._last)
+        text = " | ".join([self._name, rest[0], step, *rest[1:]])
+        # One column is left free: a full line makes some terminals wrap, and then "\r" returns to the wrong row.
+        self._line = text[: max(1, shutil.get_terminal_size().columns - 1)]
+        self._write(f"\r\x1b[2K{self._line}")
+
+    def _write(self, text: str) -> None:
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except BrokenPipeError:  # the reader (head, a closed terminal) has left; the run goes on, and so does its log
+            self._silent = True
+            if self._stream is sys.stdout:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the flush at exit fails
+
+
+def format_count(number: float) -> str:
+    """Three significant digits and a unit: 4_200_000 -> 4.20M. Below 1000 a whole number: 999.4 -> 999."""
+    number = float(number)
+    if not math.isfinite(number):
+        return str(number)
+    if round(abs(number)) < 1000:
+        return f"{number:.0f}"
+    for unit in ("K", "M", "B", "T"):
+        number /= 1000
+        if abs(number) < 999.5 or unit == "T":
+            break
+    digits = 2 if abs(number) < 9.995 else 1 if abs(number) < 99.95 else 0
+    return f"{number:.{digits}f}{unit}"
+
+
+def format_duration(seconds: float | None) -> str:
+    """Seconds as 02:31, 1:02:31 or 3d 01:02:31; --:-- where unknown."""
+    if seconds is None or not math.isfinite(seconds):
+        return "--:--"
+    minutes, second = divmod(round(max(0.0, seconds)), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    if days:
+        return f"{days}d {hour:02}:{minute:02}:{second:02}"
+    return f"{hour}:{minute:02}:{second:02}" if hour else f"{minute:02}:{second:02}"

@@ -1,0 +1,113 @@
+"""From `--data-path` and `--split` to the datasets for training, validation and test."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+
+from megatron.config import DataConfig
+from megatron.data.blending import BlendedDataset, parse_data_path
+from megatron.data.gpt2_dataset import Dataset, GPT2Dataset
+from megatron.data.indexed_dataset import IndexedDataset
+from megatron.data.sample_index import order_version
+from megatron.data.splits import NAMES, split_documents
+from megatron.errors import UserError
+
+
+@dataclass(frozen=True)
+class Datasets:
+    """What a run reads."""
+
+    train: Dataset
+    validation: Dataset | None
+    """None where no corpus has enough for a sample: `notes` says why."""
+    test: Dataset | None
+    """As `validation`."""
+    fingerprint: str
+    """What a resume compares: the digest of the corpora, their weights and their splits."""
+    notes: tuple[str, ...]
+    """A line for each corpus that validation or test go without."""
+    num_tokens: tuple[int, int, int]
+    """Tokens of all corpora in training, validation and test."""
+
+
+def build_datasets(config: DataConfig, *, seq_length: int, seed: int, vocab_size: int) -> Datasets:
+    """The datasets of a run; documents are split corpus by corpus, so that none is in two splits.
+
+    `vocab_size` is the tokenizer's, before padding. Raises UserError where a corpus is missing or damaged, holds
+    a token id that the tokenizer does not have, or is too small for one training sample.
+    """
+    weighted = parse_data_path(config.data_path)
+    corpora = [IndexedDataset(prefix) for _, prefix in weighted]
+    for corpus in corpora:
+        _check_vocabulary(corpus, vocab_size)
+    splits = [split_documents(config.split, len(corpus.document_lengths)) for corpus in corpora]
+    built: list[Dataset | None] = []
+    notes: list[str] = []
+    totals: list[int] = []
+    for number, name in enumerate(NAMES):
+        parts: list[tuple[float, GPT2Dataset]] = []
+        tokens = 0
+        for (weight, _), corpus, ranges in zip(weighted, corpora, splits, strict=True):
+            documents = ranges[number]
+            tokens += int(corpus.document_lengths[documents.start : documents.stop].sum())
+            try:
+                dataset = GPT2Dataset(
+                    corpus, documents, seq_length=seq_length, seed=seed, cache_dir=config.data_cache_path, name=name
+                )
+            except UserError as error:
+                if name == "train":
+                    raise
+                notes.append(str(error))
+            else:
+                parts.append((weight, dataset))
+        built.append(_blend(parts))
+        totals.append(tokens)
+    train, validation, test = built
+    if train is None:
+        raise UserError("--data-path holds nothing to train on")
+    return Datasets(
+        train=train,
+        validation=validation,
+        test=test,
+        fingerprint=_fingerprint(weighted, corpora, splits),
+        notes=tuple(notes),
+        num_tokens=(totals[0], totals[1], totals[2]),
+    )
+
+
+def _blend(parts: list[tuple[float, GPT2Dataset]]) -> Dataset | None:
+    if len(parts) <= 1:
+        return parts[0][1] if parts else None
+    return BlendedDataset([dataset for _, dataset in parts], [weight for weight, _ in parts])
+
+
+def _check_vocabulary(corpus: IndexedDataset, vocab_size: int) -> None:
+    found = corpus.max_token_id()
+    if found >= vocab_size:
+        raise UserError(
+            f"{corpus.bin_path}: found token id {found:,}, the vocabulary has {vocab_size:,} tokens "
+            f"(0 to {vocab_size - 1:,}): give the tokenizer that the corpus was preprocessed with"
+        )
+
+
+def _fingerprint(
+    weighted: list[tuple[float, str]], corpora: list[IndexedDataset], splits: list[tuple[range, range, range]]
+) -> str:
+    """Digest of what decides sample i, the seed and the length aside (those are settings of their own).
+
+    Paths are left out: data may be moved between two parts of a run. Where PREFIX.json is there, its checksum of
+    the tokens counts too; `IndexedDataset.fingerprint` covers only the lengths of the documents.
+    """
+    total = sum(weight for weight, _ in weighted)
+    parts = [
+        [
+            corpus.fingerprint,
+            corpus.sidecar and corpus.sidecar.bin_crc32,
+            (weight / total).hex(),
+            [part.stop for part in ranges],
+        ]
+        for (weight, _), corpus, ranges in zip(weighted, corpora, splits, strict=True)
+    ]
+    return hashlib.sha256(json.dumps([order_version(), parts]).encode()).hexdigest()

@@ -1,0 +1,380 @@
+"""Input files as a stream of chunks: JSON lines, plain text and parquet, packed with gzip or zstd or not.
+
+JSON lines: one object a line; blank lines (white space alone) are passed over. Plain text: the file is one document,
+or each paragraph, or each line that is not blank. Parquet: a row is one document. A chunk is some megabytes of whole
+records, still unparsed, so that parsing can be done by worker processes; memory is bounded by the chunk, or the largest
+single document.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from megatron.data.unpacking import DAMAGED, PACKINGS, unpacked
+from megatron.errors import UserError
+
+FORMATS = {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".txt": "text", ".parquet": "parquet"}
+TEXT_UNITS = ("file", "paragraph", "line")
+CHUNK_BYTES = 1 << 20
+_ROWS_AT_ONCE = 256
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_BLANK_LINES = re.compile(rb"\n\s*\n")
+_TO_LAST_BLANK_LINE = re.compile(rb"(?s:.*)\n\s*\n")
+_BLANK_LINES_OR_END = re.compile(rb"\n\s*(?:\n|\Z)")
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """One file to read and what it holds."""
+
+    path: Path
+    format: str
+    """jsonl, text or parquet."""
+    unit: str
+    """What of it is one document: file, paragraph, line or row."""
+    packing: str
+    """.gz, .zst or nothing."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Whole records of one file."""
+
+    file: InputFile
+    first: int
+    """Number of the first record: its line, or its row; from 1."""
+    content: Any
+    """Bytes; of a parquet file a dict of columns, key to list of values."""
+    size: int
+    """Bytes, unpacked."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """A document that can be encoded."""
+
+    where: str
+    """FILE:LINE"""
+    texts: list[str]
+    """In the order of the keys."""
+
+
+@dataclass(frozen=True)
+class BadDocument:
+    """A document that cannot be taken."""
+
+    where: str
+    """FILE:LINE"""
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.why}"
+
+
+@dataclass
+class ReadPosition:
+    """How far the reading of all files has come, in bytes as they stand on the disk, for the progress line."""
+
+    total: int = 0
+    finished: int = 0
+    _open: IO[bytes] | None = field(default=None, repr=False)
+
+    def fraction(self) -> float | None:
+        """From 0 to 1; None while a pipe is read, which has no size."""
+        if self._open is None or self._open.closed:
+            here = 0
+        elif self._open.seekable():
+            here = self._open.tell()
+        else:
+            return None
+        return min(1.0, (self.finished + here) / max(1, self.total))
+
+
+def find_inputs(
+    patterns: Sequence[str], input_format: str | None = None, text_unit: str = TEXT_UNITS[0]
+) -> list[InputFile]:
+    """The files that `patterns` (paths and globs) name: in their order, each glob's files sorted by name.
+
+    `input_format` is jsonl, text or parquet; without it the names' endings tell. `text_unit`, one of TEXT_UNITS, is
+    what is one document in the plain text files. UserError for a pattern without a file, a directory, a file named
+    twice, or an ending that tells nothing.
+    """
+    if not patterns:
+        raise UserError("--input: no file is given")
+    files: list[InputFile] = []
+    seen: dict[Path, str] = {}
+    for pattern in patterns:
+        names = [pattern] if os.path.lexists(pattern) else sorted(glob.glob(pattern, recursive=True))
+        if not names:
+            raise UserError(f"--input {pattern}: no such file" + (" matches" if glob.has_magic(pattern) else ""))
+        for name in names:
+            path = Path(name)
+            if path.is_dir():
+                raise UserError(f"--input {name}: is a directory; name its files, for example '{path / '*.jsonl'}'")
+            if not path.exists():
+                raise UserError(f"--input {name}: is a link to a file that does not exist")
+            if (real := path.resolve()) in seen:
+                raise UserError(f"--input {name}: is named twice (by {seen[real]} and {pattern})")
+            seen[real] = pattern
+            files.append(_classify(path, input_format, text_unit))
+    return files
+
+
+def _classify(path: Path, input_format: str | None, text_unit: str) -> InputFile:
+    packing = path.suffix.lower() if path.suffix.lower() in PACKINGS else ""
+    ending = (Path(path.stem) if packing else path).suffix.lower()
+    found = input_format or FORMATS.get(ending)
+    if found is None:
+        raise UserError(
+            f"--input {path}: its ending does not tell what it holds; expected {', '.join(FORMATS)}, each also with "
+            f"{' or '.join(PACKINGS)}; rename it or give --input-format"
+        )
+    if found == "parquet" and packing:
+        raise UserError(f"--input {path}: a parquet file packed with {packing} cannot be read; unpack it")
+    return InputFile(path, found, {"jsonl": "line", "text": text_unit, "parquet": "row"}[found], packing)
+
+
+def read_chunks(
+    files: Sequence[InputFile],
+    keys: Sequence[str],
+    max_document_bytes: int,
+    position: ReadPosition,
+) -> Iterator[Chunk | BadDocument]:
+    """The records of all files in their order; a record that is much larger than `max_document_bytes`, and a file
+    without any, as a BadDocument in its place. UserError for a file that cannot be read or unpacked.
+    """
+    position.total = sum(file.path.stat().st_size for file in files)
+    for file in files:
+        try:
+            with file.path.open("rb") as raw:
+                position._open = raw
+                records = 0
+                for item in _READERS[file.unit](file, raw, keys, max_document_bytes):
+                    if not _is_blank(item):
+                        records += 1
+                        yield item
+            if records == 0:
+                yield BadDocument(str(file.path), "the file is empty: it holds no document")
+        except DAMAGED as error:
+            raise UserError(f"{file.path}: is damaged or cut short, it cannot be unpacked ({error})") from None
+        except OSError as error:
+            raise UserError(f"{file.path}: cannot be read ({error.strerror or error})") from None
+        position.finished += file.path.stat().st_size
+        position._open = None
+
+
+def _is_blank(item: Chunk | BadDocument) -> bool:
+    content = item.content if isinstance(item, Chunk) else None
+    return isinstance(content, bytes) and (not content or content.isspace())
+
+
+def _read_separated(
+    file: InputFile, raw: IO[bytes], keys: Sequence[str], max_document_bytes: int
+) -> Iterator[Chunk | BadDocument]:
+    """Chunks that end where a line ends, or where a paragraph has ended."""
+    stream = unpacked(raw, file.packing)
+    line = 1  # in which `rest` begins, or else `block`
+    rest: list[bytes] = []  # the record begun in the blocks before
+    rest_size = 0
+    blank = True  # whether the line that `block` goes on with has been blank so far
+    skipping = False  # inside a record that is too large
+    block = stream.read(CHUNK_BYTES).removeprefix(_BYTE_ORDER_MARK)
+    while block:
+        if skipping:
+            end = _end_of_record(file.unit, block, blank, last=False)
+            line += block.count(b"\n", 0, end or len(block))
+            skipping = end == 0
+            blank = _ends_blank(block[: end or len(block)], blank)
+            block = block[end or len(block) :]
+        cut = _end_of_record(file.unit, block, blank, last=True)
+        if cut:
+            content = b"".join([*rest, block[:cut]])
+            yield Chunk(file, line, content, len(content))
+            line += content.count(b"\n")
+            rest, rest_size = [], 0
+        rest.append(block[cut:])
+        rest_size += len(block) - cut
+        blank = _ends_blank(block, blank)
+        # What is less too large `_parse` finds; the blank line that may end a record is none of its size.
+        if rest_size > max_document_bytes + CHUNK_BYTES and not blank:
+            yield BadDocument(f"{file.path}:{line}", _too_large(max_document_bytes))
+            line += sum(part.count(b"\n") for part in rest)
+            rest, rest_size, skipping = [], 0, True
+        block = stream.read(CHUNK_BYTES)
+    if rest_size:
+        yield Chunk(file, line, b"".join(rest), rest_size)
+
+
+def _end_of_record(unit: str, block: bytes, blank: bool, *, last: bool) -> int:
+    """Where the first or the last record that ends in `block` has ended, its line end and blank lines included; or 0.
+
+    `blank`: whether the line that `block` goes on with has been blank so far.
+    """
+    if unit == "line":
+        return (block.rfind(b"\n") if last else block.find(b"\n")) + 1
+    lead = b"\n" if blank else b""  # stands for the line end before it
+    match = _TO_LAST_BLANK_LINE.match(lead + block) if last else _BLANK_LINES.search(lead + block)
+    return match.end() - len(lead) if match else 0
+
+
+def _ends_blank(block: bytes, blank: bool) -> bool:
+    """Whether the last line of `block`, unfinished, is blank so far; `blank` as for `_end_of_record`."""
+    begin = block.rfind(b"\n") + 1
+    return (begin > 0 or blank) and (begin == len(block) or block[begin:].isspace())
+
+
+def _read_text(
+    file: InputFile, raw: IO[bytes], keys: Sequence[str], max_document_bytes: int
+) -> Iterator[Chunk | BadDocument]:
+    stream = unpacked(raw, file.packing)
+    parts: list[bytes] = []
+    size = 0
+    while block := stream.read(CHUNK_BYTES):
+        parts.append(block)
+        size += len(block)
+        if size > max_document_bytes:
+            yield BadDocument(f"{file.path}:1", _too_large(max_document_bytes) + _ONE_DOCUMENT)
+            return
+    if size:
+        yield Chunk(file, 1, b"".join(parts).removeprefix(_BYTE_ORDER_MARK), size)
+
+
+def _read_parquet(
+    file: InputFile, raw: IO[bytes], keys: Sequence[str], max_document_bytes: int
+) -> Iterator[Chunk | BadDocument]:
+    import pyarrow  # noqa: PLC0415  (slow to load, and needed for these files only)
+    import pyarrow.parquet  # noqa: PLC0415
+
+    try:
+        table = pyarrow.parquet.ParquetFile(raw, pre_buffer=False)
+        if missing := [key for key in keys if key not in table.schema_arrow.names]:
+            raise UserError(
+                f"{file.path}: has no column {missing[0]!r}, which --json-keys names; "
+                f"it has {', '.join(table.schema_arrow.names)}"
+            )
+        row = 1
+        for batch in table.iter_batches(batch_size=_ROWS_AT_ONCE, columns=list(keys), use_threads=False):
+            rows = max(1, batch.num_rows * CHUNK_BYTES // max(1, batch.nbytes))
+            for start in range(0, batch.num_rows, rows):
+                part = batch.slice(start, rows)
+                yield Chunk(file, row, {key: part.column(key).to_pylist() for key in keys}, part.nbytes)
+                row += part.num_rows
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{file.path}: is no parquet file or is damaged ({error})") from None
+
+
+_READERS = {"file": _read_text, "paragraph": _read_separated, "line": _read_separated, "row": _read_parquet}
+_ONE_DOCUMENT = "; the whole text file is one: cut it with --text-unit paragraph or line"
+
+
+def _too_large(max_document_bytes: int) -> str:
+    return f"the document is larger than --max-document-mb {max_document_bytes / 1e6:g}"
+
+
+def parse_chunk(chunk: Chunk, keys: Sequence[str], max_document_bytes: int) -> Iterator[Document | BadDocument]:
+    """The document of each record, its texts in the order of `keys`, or why it cannot be taken."""
+    path, unit, plain = chunk.file.path, chunk.file.unit, chunk.file.format == "text"
+    if unit == "row":
+        for number, values in enumerate(zip(*(chunk.content[key] for key in keys), strict=True), start=chunk.first):
+            yield _checked(dict(zip(keys, values, strict=True)), keys, f"{path}:row {number}", max_document_bytes)
+        return
+    for number, content in _RECORDS[unit](chunk):
+        record = content.removesuffix(b"\r") if plain and unit != "file" else content
+        yield _parse(record, keys, path, number, max_document_bytes, plain=plain)
+
+
+def _lines(chunk: Chunk) -> Iterator[tuple[int, bytes]]:
+    for number, line in enumerate(chunk.content.split(b"\n"), start=chunk.first):
+        if line and not line.isspace():
+            yield number, line
+
+
+def _paragraphs(chunk: Chunk) -> Iterator[tuple[int, bytes]]:
+    content, number, begin = b"\n" + chunk.content, chunk.first, 1
+    for blank_lines in _BLANK_LINES_OR_END.finditer(content):
+        if begin < blank_lines.start():
+            yield number, content[begin : blank_lines.start()]
+        number += content.count(b"\n", begin, blank_lines.end())
+        begin = blank_lines.end()
+    if begin < len(content):
+        yield number, content[begin:]
+
+
+_RECORDS = {"file": lambda chunk: [(chunk.first, chunk.content)], "paragraph": _paragraphs, "line": _lines}
+"""(number of the first line, content without the last line's end) of each record of a chunk."""
+
+
+def _parse(
+    content: bytes, keys: Sequence[str], path: Path, line: int, max_document_bytes: int, *, plain: bool
+) -> Document | BadDocument:
+    where = f"{path}:{line}"
+    if len(content) > max_document_bytes:
+        return BadDocument(where, _too_large(max_document_bytes))
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        where = f"{path}:{line + content.count(10, 0, error.start)}"
+        return BadDocument(where, f"is not valid UTF-8 (byte 0x{content[error.start]:02x}: {error.reason})")
+    if plain:
+        return _checked(dict.fromkeys(keys, text), keys, where, max_document_bytes)
+    try:
+        return _checked(json.loads(text), keys, where, max_document_bytes)
+    except json.JSONDecodeError as error:
+        fault = error.msg.removesuffix(" starting at")
+        return BadDocument(where, f"is not valid JSON ({fault} at column {error.colno})")
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets nested without end
+        return BadDocument(where, f"is not JSON that can be read ({error})")
+
+
+def _checked(record: object, keys: Sequence[str], where: str, max_document_bytes: int) -> Document | BadDocument:
+    if not isinstance(record, dict):
+        return BadDocument(where, f"expected a JSON object, found {_kind(record)}")
+    texts = []
+    for key in keys:
+        if key not in record:
+            found = ", ".join(repr(name) for name in list(record)[:8]) or "none"
+            return BadDocument(where, f"has no key {key!r}, which --json-keys names (its keys: {found})")
+        text = record[key]
+        if not isinstance(text, str):
+            return BadDocument(where, f"{key!r} must be a string, not {_kind(text)}")
+        if not text:
+            return BadDocument(where, f"{key!r} is empty: the document holds no text")
+        if len(text) > max_document_bytes:
+            return BadDocument(where, _too_large(max_document_bytes))
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            return BadDocument(
+                where,
+                f"{key!r} holds the lone surrogate U+{ord(text[error.start]):04X}, which no UTF-8 text can hold",
+            )
+        texts.append(text)
+    return Document(where, texts)
+
+
+def _kind(value: object) -> str:
+    names = {
+        bytes: "bytes",
+        dict: "an object",
+        list: "a list",
+        str: "a string",
+        bool: "true or false",
+        type(None): "null",
+    }
+    return names.get(type(value), "a number")
+
+
+def read_texts(files: Sequence[InputFile], keys: Sequence[str], max_document_bytes: int = 1 << 27) -> Iterator[str]:
+    """Every text of `files`, one after another; UserError at the first that cannot be taken."""
+    for item in read_chunks(files, keys, max_document_bytes, ReadPosition()):
+        for document in [item] if isinstance(item, BadDocument) else parse_chunk(item, keys, max_document_bytes):
+            if isinstance(document, BadDocument):
+                raise UserError(str(document))
+            yield from document.texts

@@ -1,0 +1,125 @@
+"""Runs side by side in words: a table and a sentence on which came out ahead, whichever it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from megatron.console import format_count, format_duration
+from megatron.instability.summary import Run, RunSummary, summarise
+
+EQUAL_TOKENS = 0.01
+"""Runs whose last validations lie within this share of each other are compared there, at their ends."""
+ABSENT = "-"
+
+
+def _text(style: str) -> Callable[[float | None], str]:
+    return lambda value: ABSENT if value is None else format(value, style)
+
+
+def _duration(seconds: float | None) -> str:
+    return ABSENT if seconds is None else format_duration(seconds)
+
+
+ROWS: tuple[tuple[str, Callable[[RunSummary], str]], ...] = (
+    ("steps", lambda s: f"{s.steps:,}"),
+    ("tokens", lambda s: format_count(s.tokens)),
+    ("wall time", lambda s: _duration(s.elapsed)),
+    ("wall time without evaluation", lambda s: _duration(s.seconds)),
+    ("tokens/s", lambda s: ABSENT if s.tokens_per_second is None else format_count(s.tokens_per_second)),
+    ("validation loss", lambda s: _text(".4f")(s.validation_loss)),
+    ("validation perplexity", lambda s: _text(",.2f")(s.perplexity)),
+    ("largest loss ratio", lambda s: _text(".3f")(s.max_loss_ratio)),
+    ("steps with loss ratio > 1.2", lambda s: f"{s.loss_ratio_above_1_2:,}"),
+    ("largest ratio at same positions", lambda s: _text(".3f")(s.max_position_matched_loss_ratio)),
+    ("largest variance element", lambda s: _text(".3g")(s.max_adam_variance)),
+    ("clipped steps", lambda s: f"{s.clipped:,}"),
+    ("skipped steps", lambda s: f"{s.skipped:,}"),
+)
+
+
+def comparison_table(summaries: Sequence[RunSummary], *, markdown: bool = False) -> str:
+    """A row a measure, a column a run: aligned plain text, or a Markdown table."""
+    cells = [["", *(summary.name for summary in summaries)]]
+    cells += [[label, *(value(summary) for summary in summaries)] for label, value in ROWS]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+    lines = []
+    for row in cells:
+        first, *rest = (
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        lines.append("| " + " | ".join([first, *rest]) + " |" if markdown else "  ".join([first, *rest]).rstrip())
+    if markdown:
+        rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+        lines.insert(1, "| " + " | ".join(rule) + " |")
+    else:
+        lines.insert(1, "-" * (sum(widths) + 2 * (len(widths) - 1)))
+    return "\n".join(lines)
+
+
+def verdict(runs: Sequence[Run]) -> str:
+    """Sentences that compare every run with the first: validation loss at equal tokens, then time.
+
+    Runs that ended at different tokens are compared at the last tokens that both were validated at.
+    """
+    if len(runs) < 2:
+        return ""
+    first, *others = runs
+    lines = [f"{_loss_sentence(first, other)} {_time_sentence(first, other)}" for other in others]
+    return "\n".join([*lines, "One run each: other seeds will differ, so a small gap says little."])
+
+
+def _loss_sentence(first: Run, other: Run) -> str:
+    ends = [summarise(run) for run in (first, other)]
+    tokens = [end.validation_tokens for end in ends]
+    if tokens[0] is None or tokens[1] is None:
+        return f"{first.name} and {other.name} cannot be compared: a validation is missing."
+    shared = min(tokens[0], tokens[1])
+    if max(tokens[0], tokens[1]) <= (1 + EQUAL_TOKENS) * shared:
+        losses = [end.validation_loss for end in ends]
+    else:
+        losses = [run.validation_loss_at(shared) for run in (first, other)]
+    if losses[0] is None or losses[1] is None:
+        return f"{first.name} and {other.name} were not validated at the same tokens."
+    return _compare_losses((first.name, other.name), (losses[0], losses[1]), f"at {format_count(shared)} tokens")
+
+
+def _compare_losses(names: tuple[str, str], losses: tuple[float, float], where: str) -> str:
+    finite = [loss - loss == 0 for loss in losses]
+    if not any(finite):
+        return f"Neither {names[0]} nor {names[1]} has a finite validation loss {where}."
+    if not all(finite):
+        lower = 0 if finite[0] else 1
+        return f"{names[1 - lower]} diverged; {names[lower]} has validation loss {losses[lower]:.4f} {where}."
+    lower = 0 if losses[0] <= losses[1] else 1
+    gap = losses[1 - lower] - losses[lower]
+    if round(gap, 4) == 0:
+        return f"{names[0]} and {names[1]} have the same validation loss {where} ({losses[0]:.4f})."
+    return (
+        f"{names[lower]} has the lower validation loss {where}: "
+        f"{losses[lower]:.4f} against {losses[1 - lower]:.4f} ({gap:.4f} lower)."
+    )
+
+
+def _time_sentence(first: Run, other: Run) -> str:
+    """Training time for the tokens that both have trained on."""
+    ends = [summarise(run) for run in (first, other)]
+    speeds = [end.tokens_per_second for end in ends]
+    if not speeds[0] or not speeds[1]:
+        return "Their times are not in the logs."
+    shared = min(end.tokens for end in ends)
+    times = [_seconds_at(run, shared) for run in (first, other)]
+    faster = 0 if times[0] <= times[1] else 1
+    saved = 1 - times[faster] / times[1 - faster]
+    names = (first.name, other.name)
+    if saved < 0.03:  # less than a machine's own drift
+        return f"Both took about {format_duration(times[0])} to train on {format_count(shared)} tokens."
+    return (
+        f"{names[faster]} took less time to train on {format_count(shared)} tokens: {format_duration(times[faster])} "
+        f"against {format_duration(times[1 - faster])} ({saved:.0%} less, evaluation not counted)."
+    )
+
+
+def _seconds_at(run: Run, tokens: float) -> float:
+    counts, seconds = run.step("consumed_tokens"), run.step("seconds")
+    return float(seconds[min(int(counts.searchsorted(tokens)), len(seconds) - 1)])

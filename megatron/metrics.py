@@ -1,0 +1,265 @@
+"""metrics.jsonl, one JSON object a line, and the same numbers as TensorBoard scalars.
+
+A line is a step, or something else that its "event" names (validation, test). None (null) means not computed at that
+step. JSON has no NaN and no infinity: they are written as the strings "nan", "inf" and "-inf", which
+`float()` reads back and every JSON parser accepts.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from megatron.errors import UserError
+
+METRICS_FILE = "metrics.jsonl"
+BY_TOKENS = "by_tokens"
+"""Directory, below TensorBoard's, of the same scalars with tokens in place of iterations on the x-axis."""
+
+TENSORBOARD_SECONDS = 0.02
+"""Steps reach TensorBoard at most this often: a step costs 0.4 ms there (its checksums are pure Python), and it shows a
+sample of 1000 points a curve anyway. metrics.jsonl has every step."""
+
+STEP_TAGS = {
+    "loss": "loss/training",
+    "loss_ratio": "loss/ratio",
+    "position_matched_loss_ratio": "loss/ratio_position_matched",
+    "seqlen": "slw/seqlen",
+    "global_batch_size": "slw/global_batch_size",
+    "lr": "learning-rate/learning-rate",
+    "grad_norm": "gradient/norm",
+    "clipped": "gradient/clipped",
+    "skipped": "gradient/skipped",
+    "loss_scale": "gradient/loss_scale",
+    "adam_variance_norm": "adam/variance_norm",
+    "adam_variance_max": "adam/variance_max",
+    "adam_momentum_norm": "adam/momentum_norm",
+    "tokens_per_second": "speed/tokens_per_second",
+    "seconds": "speed/seconds",
+}
+"""Field of a step -> TensorBoard tag, grouped as the paper's figures are."""
+
+
+class MetricsLogger:
+    """Appends to a run's metrics.jsonl and to its TensorBoard events.
+
+    A line is one write to a file opened for appending: kill -9 leaves at most a partial last line, which readers pass
+    over and `truncate_to` removes. On ranks other than 0 give `directory=None, tensorboard=False`: it then does
+    nothing.
+    """
+
+    def __init__(
+        self, directory: Path | None, *, tensorboard: bool = False, tensorboard_dir: Path | str | None = None
+    ) -> None:
+        """Open `directory`/metrics.jsonl for appending (made where missing; None: no file).
+
+        TensorBoard events go to `tensorboard_dir`, by default `directory`/tensorboard. Raises UserError if the
+        directory cannot be written or TensorBoard is asked for and not installed.
+        """
+        self._path = None if directory is None else Path(directory) / METRICS_FILE
+        self._file: int | None = None
+        self._open()
+        if tensorboard_dir is None and directory is not None:
+            tensorboard_dir = Path(directory) / "tensorboard"
+        self._tensorboard: _TensorBoard | None = None
+        self._tensorboard_time = -math.inf
+        if tensorboard and tensorboard_dir is not None:
+            self._tensorboard = _TensorBoard(Path(tensorboard_dir))
+
+    def log_step(self, step: Mapping[str, Any]) -> None:
+        """Write one optimizer step; needs at least `iteration`, and `consumed_tokens` for TensorBoard."""
+        self._write(step)
+        now = time.monotonic()
+        if self._tensorboard is not None and now - self._tensorboard_time >= TENSORBOARD_SECONDS:
+            self._tensorboard_time = now
+            scalars = {tag: step.get(name) for name, tag in STEP_TAGS.items()}
+            scalars |= _by_position("loss_by_position/training", step)
+            self._tensorboard.log(step, scalars)
+
+    def log_validation(self, entry: Mapping[str, Any], *, event: str = "validation") -> None:
+        """Write one evaluation (`loss`, `perplexity`, `loss_by_position`, ...); `event` may also be test."""
+        self._write({"event": event, **entry})
+        if self._tensorboard is not None:
+            scalars = {f"loss/{event}": entry.get("loss"), f"loss/{event}_perplexity": entry.get("perplexity")}
+            scalars |= _by_position(f"loss_by_position/{event}", entry)
+            self._tensorboard.log(entry, scalars)
+
+    def events_at(self, iteration: int) -> set[str]:
+        """The events (validation, test) that the log holds for `iteration`."""
+        if self._path is None:
+            return set()
+        return {e["event"] for _, e in read_lines(self._path) if e["iteration"] == iteration and "event" in e}
+
+    def truncate_to(self, iteration: int, *, consumed_tokens: int = 0) -> None:
+        """Cut the log back to entries of at most `iteration`, where a run resumes, so that a step stands in it once.
+
+        The log is rewritten beside itself and renamed into place: a crash leaves the old or the new one. -1 empties
+        it. TensorBoard, whose files are only appended to, is told to hide what lies beyond (by tokens, beyond
+        `consumed_tokens` or the last entry kept).
+        """
+        tokens = consumed_tokens
+        if self._path is not None:
+            self.close_file()
+            temporary = self._path.with_name(f"{METRICS_FILE}.tmp-{os.getpid()}")
+            try:
+                with temporary.open("w", encoding="utf-8") as file:
+                    for line, entry in read_lines(self._path):
+                        if entry["iteration"] <= iteration:
+                            file.write(line + "\n")
+                            tokens = max(tokens, int(entry.get("consumed_tokens") or 0))
+                    file.flush()
+                    os.fsync(file.fileno())
+                temporary.replace(self._path)
+            except OSError as error:
+                raise _unwritable(self._path, error) from error
+            finally:
+                temporary.unlink(missing_ok=True)
+            self._open()
+        if self._tensorboard is not None:
+            self._tensorboard.hide_beyond(iteration, tokens)
+
+    def close_file(self) -> None:
+        """Close metrics.jsonl."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+    def close(self) -> None:
+        """Close the file and write out TensorBoard's last events."""
+        self.close_file()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+            self._tensorboard = None
+
+    def __enter__(self) -> MetricsLogger:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _open(self) -> None:
+        if self._path is None:
+            return
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        except OSError as error:
+            raise _unwritable(self._path, error) from error
+
+    def _write(self, entry: Mapping[str, Any]) -> None:
+        if self._file is None or self._path is None:
+            return
+        try:
+            text = json.dumps(entry, allow_nan=False, default=_plain)
+        except ValueError:  # NaN or infinity somewhere: rare, so only then look for it
+            text = json.dumps(json_safe(entry), allow_nan=False, default=_plain)
+        data = (text + "\n").encode()
+        try:
+            while data:
+                data = data[os.write(self._file, data) :]
+        except OSError as error:
+            raise _unwritable(self._path, error) from error
+
+
+def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every entry of a metrics.jsonl as (its line, its object), also while the run still writes it.
+
+    A last line without its newline is one that a kill cut off, or that is being written: it is passed over. Raises
+    UserError, naming file and line, for any other line that is not an object with an "iteration".
+    """
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the run's log: {error.strerror}") from error
+    with file:
+        for number, data in enumerate(file, start=1):
+            if not data.endswith(b"\n"):
+                return
+            try:
+                line = data.decode().rstrip("\r\n")
+                entry = json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{path}:{number}: not a JSON object ({error}); remove the line to go on") from error
+            if not isinstance(entry, dict) or not isinstance(entry.get("iteration"), int):
+                raise UserError(f"{path}:{number}: expected an object with an integer iteration, found {line[:60]!r}")
+            yield line, entry
+
+
+def json_safe(value: Any) -> Any:
+    """`value` with every float that JSON cannot hold replaced by "nan", "inf" or "-inf", at any depth."""
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(float(value))
+    if isinstance(value, Mapping):
+        return {key: json_safe(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_safe(item) for item in value]
+    return value
+
+
+def _plain(value: Any) -> Any:
+    """The Python number in a NumPy or torch scalar."""
+    return value.item()
+
+
+def _by_position(prefix: str, entry: Mapping[str, Any]) -> dict[str, float]:
+    return {f"{prefix}/{name}": loss for name, loss in (entry.get("loss_by_position") or {}).items()}
+
+
+def _unwritable(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path}: cannot write the run's log: {error.strerror}; free space or choose another --save")
+
+
+class _TensorBoard:
+    """Scalars by iteration, and by tokens in a directory below: one event a step, so a scalar costs little.
+
+    Two directories because a resume hides what lies beyond one x-value of a directory, and tokens are not iterations.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        try:  # imported only when asked for: it costs most of a second
+            from tensorboard.compat.proto import event_pb2, summary_pb2  # noqa: PLC0415
+            from tensorboard.summary.writer.event_file_writer import EventFileWriter  # noqa: PLC0415
+        except ImportError as error:
+            raise UserError(
+                "--tensorboard needs the tensorboard package, which is not installed: "
+                "pip install tensorboard, or give --no-tensorboard"
+            ) from error
+        self._events, self._summaries = event_pb2, summary_pb2
+        try:
+            self._writers = [
+                EventFileWriter(str(path), max_queue_size=1000, flush_secs=30)
+                for path in (directory, directory / BY_TOKENS)
+            ]
+        except OSError as error:
+            raise _unwritable(directory, error) from error
+
+    def log(self, entry: Mapping[str, Any], scalars: Mapping[str, float | None]) -> None:
+        """Write the scalars that are not None, at the entry's iteration and at its tokens."""
+        value = self._summaries.Summary.Value
+        values = [value(tag=tag, simple_value=float(x)) for tag, x in scalars.items() if x is not None]
+        summary = self._summaries.Summary(value=values)
+        for writer, field in zip(self._writers, ("iteration", "consumed_tokens"), strict=True):
+            event = self._events.Event(step=int(entry.get(field) or 0), summary=summary)
+            event.wall_time = time.time()
+            writer.add_event(event)
+
+    def hide_beyond(self, iteration: int, tokens: int) -> None:
+        """Tell TensorBoard to drop what an earlier process wrote beyond this point."""
+        start = self._events.SessionLog(status=self._events.SessionLog.START)
+        for writer, last in zip(self._writers, (iteration, tokens), strict=True):
+            writer.add_event(self._events.Event(wall_time=time.time(), step=last + 1, session_log=start))
+
+    def close(self) -> None:
+        """Write out what is queued."""
+        for writer in self._writers:
+            writer.close()

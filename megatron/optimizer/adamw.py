@@ -1,0 +1,62 @@
+"""AdamW with its decay groups, and the norm of the gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from megatron.config import OptimizerConfig
+
+
+def decay_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, object]]:
+    """Matrices decay, biases and layer norms do not; embeddings as --decay-embeddings says."""
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    decayed: list[Tensor] = []
+    plain: list[Tensor] = []
+    for parameter in model.parameters():
+        decays = parameter.ndim >= 2 and (config.decay_embeddings or id(parameter) not in embeddings)
+        (decayed if decays else plain).append(parameter)
+    return [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """Fused AdamW over the decay groups. Its learning rate is set before every step."""
+    return torch.optim.AdamW(
+        decay_groups(model, config),  # type: ignore[arg-type]
+        lr=0.0,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_eps,
+        fused=True,
+    )
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Use `lr` in every group from the next step on."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """The gradients that are there."""
+    return [p.grad for p in parameters if p.grad is not None]
+
+
+def scale_and_clip(grads: list[Tensor], *, loss_scale: float, max_norm: float) -> Tensor:
+    """Divide gradients by `loss_scale` and limit their global l2 norm to `max_norm` (0: no limit), in place.
+
+    Returns:
+        The norm before clipping, after unscaling: a scalar on the gradients' device. Where it is not finite the
+        gradients are of no use, and the caller skips the step.
+    """
+    norm = torch.nn.utils.get_total_norm(grads, foreach=True) / loss_scale
+    factor = torch.full_like(norm, 1.0 / loss_scale)
+    if max_norm > 0:
+        factor = factor * torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+    if max_norm > 0 or loss_scale != 1.0:
+        torch._foreach_mul_(grads, factor)
+    return norm

@@ -1,0 +1,1 @@
+"""Schedules as pure functions of progress. Nothing here needs torch."""

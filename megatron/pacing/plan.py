@@ -1,0 +1,108 @@
+"""A whole run from its schedules alone: what the trainer will do at each step, before it does it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from megatron.config import Config
+from megatron.pacing.learning_rate import LearningRateSchedule
+from megatron.pacing.seqlen_warmup import SeqlenSchedule
+from megatron.progress import Progress
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What one optimizer step will use."""
+
+    seqlen: int
+    global_batch_size: int
+    lr: float
+
+
+class Schedules:
+    """The schedules of one run. The trainer, the planner and a resume all ask this object."""
+
+    def __init__(self, config: Config) -> None:
+        self.ends = config.training.ends()
+        self.global_batch_size = config.training.global_batch_size
+        self.lr_warmup = config.learning_rate.warmup(config.training)
+        self.seqlen_schedule = SeqlenSchedule(config.seqlen_warmup, config.model.seq_length)
+        self.lr_schedule = LearningRateSchedule(
+            config.learning_rate, self.lr_warmup, config.learning_rate.decay(config.training)
+        )
+
+    def finished(self, progress: Progress) -> bool:
+        """Whether a limit of the run is reached."""
+        return any(end.reached(progress) for end in self.ends)
+
+    def plan(self, progress: Progress) -> StepPlan:
+        """Sequence length, batch size and learning rate of the next step."""
+        sequences = self.global_batch_size
+        seqlen = self.seqlen_schedule.seqlen(progress)
+        return StepPlan(seqlen, sequences, self.lr_schedule.lr(progress, sequences=sequences, seqlen=seqlen))
+
+    def advance(self, progress: Progress, step: StepPlan) -> None:
+        """Count `step` as done."""
+        progress.advance(sequences=step.global_batch_size, seqlen=step.seqlen, lr_warmup=self.lr_warmup)
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """Totals of a run that was only planned."""
+
+    progress: Progress
+    full_length_iteration: int | None
+    """First step (1-based) at full length; None if it is never reached."""
+    lr_warmup_iterations: int
+    """Steps until the end of the learning rate warmup (all steps if it does not end)."""
+    token_seqlen_sum: int
+    """Sum over steps of tokens * seqlen: what attention costs, see model/flops.py."""
+    full_length_tokens: int
+    """Tokens the same samples would have held at full length; the difference was truncated."""
+
+    @property
+    def discarded_share(self) -> float:
+        """Share of the drawn tokens that truncation dropped."""
+        return 1 - self.progress.consumed_tokens / self.full_length_tokens if self.full_length_tokens else 0.0
+
+
+def walk(config: Config, at: int | None = None) -> Iterator[tuple[Progress, StepPlan]]:
+    """Every step of a run in turn: the progress before it (one record that changes) and what it uses.
+
+    Ends where the run does, or after `at` steps; the record then holds the final progress.
+    """
+    schedules = Schedules(config)
+    progress = Progress()
+    while not schedules.finished(progress) and (at is None or progress.iteration < at):
+        step = schedules.plan(progress)
+        yield progress, step
+        schedules.advance(progress, step)
+
+
+def plan_run(config: Config, at: int | None = None) -> PlannedRun:
+    """Walk a run without a model, to its end or for `at` steps."""
+    lr_warmup = config.learning_rate.warmup(config.training)
+    seq_length = config.model.seq_length
+    progress = Progress()
+    full_length_iteration = None
+    lr_warmup_iterations = 0
+    token_seqlen_sum = 0
+    for progress, step in walk(config, at):  # one record: after the loop it is the final progress
+        lr_warmup_iterations += not lr_warmup.reached(progress)
+        token_seqlen_sum += step.global_batch_size * step.seqlen**2
+        if full_length_iteration is None and step.seqlen == seq_length:
+            full_length_iteration = progress.iteration + 1
+    return PlannedRun(
+        progress=progress,
+        full_length_iteration=full_length_iteration,
+        lr_warmup_iterations=lr_warmup_iterations,
+        token_seqlen_sum=token_seqlen_sum,
+        full_length_tokens=progress.consumed_samples * seq_length,
+    )
+
+
+def sample_steps(config: Config, iterations: int, rows: int) -> list[tuple[Progress, StepPlan]]:
+    """About `rows` steps spread evenly over the first `iterations`, the first and the last among them."""
+    wanted = {round(row * (iterations - 1) / max(rows - 1, 1)) for row in range(rows)}
+    return [(replace(before), step) for before, step in walk(config, iterations) if before.iteration in wanted]

@@ -1,0 +1,89 @@
+"""Training a byte-level BPE tokenizer, in GPT-2's shape, on the user's own text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from megatron.errors import UserError
+from megatron.files import file_errors, write_atomic
+from megatron.tokenizer.base import END_OF_TEXT
+
+SMALLEST_VOCABULARY = 257
+"""256 bytes and <|endoftext|>."""
+
+
+@dataclass(frozen=True)
+class TrainedTokenizer:
+    """What train_bpe has written."""
+
+    tokenizer_file: Path
+    vocab_file: Path
+    merge_file: Path
+    vocab_size: int
+    """Smaller than was asked for where the text has no more pairs to join."""
+
+
+def train_bpe(
+    texts: Iterator[str], vocab_size: int, output: str | Path, *, min_frequency: int = 2, show_progress: bool = False
+) -> TrainedTokenizer:
+    """Train on `texts` and write tokenizer.json, and the same tokenizer as vocab.json and merges.txt, into `output`.
+
+    Ids are as in GPT-2: bytes, then merges in their order, then `<|endoftext|>`. The same texts give the same files.
+    `min_frequency`: pairs that are rarer are not joined. UserError where `vocab_size` is too small or `texts` is empty.
+    """
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise UserError(
+            f"--vocab-size must be at least {SMALLEST_VOCABULARY} (256 bytes and {END_OF_TEXT}), not {vocab_size}"
+        )
+    learner = tokenizers.Tokenizer(models.BPE())
+    learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 1,
+        min_frequency=min_frequency,
+        special_tokens=[],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=show_progress,
+    )
+    counted = _Counted(texts)
+    learner.train_from_iterator(counted, trainer=trainer)
+    if counted.characters == 0:
+        raise UserError("--input: there is no text to train a tokenizer on")
+    model = json.loads(learner.to_str())["model"]
+    vocab: dict[str, int] = model["vocab"]
+    merges = [(left, right) for left, right in model["merges"]]
+
+    final = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    final.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    final.decoder = decoders.ByteLevel()
+    final.add_special_tokens([END_OF_TEXT])
+    vocab = dict(sorted(final.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1]))
+
+    directory = Path(output)
+    written = TrainedTokenizer(
+        directory / "tokenizer.json", directory / "vocab.json", directory / "merges.txt", len(vocab)
+    )
+    with file_errors("write", directory):
+        directory.mkdir(parents=True, exist_ok=True)
+    write_atomic(written.vocab_file, json.dumps(vocab, ensure_ascii=False) + "\n")
+    write_atomic(written.merge_file, "#version: 0.2\n" + "".join(f"{left} {right}\n" for left, right in merges))
+    write_atomic(written.tokenizer_file, final.to_str(pretty=True) + "\n")
+    return written
+
+
+class _Counted:
+    """An iterator that counts the characters it has handed out."""
+
+    def __init__(self, texts: Iterator[str]) -> None:
+        self._texts = texts
+        self.characters = 0
+
+    def __iter__(self) -> Iterator[str]:
+        for text in self._texts:
+            self.characters += len(text)
+            yield text

@@ -1,0 +1,119 @@
+"""All that a resume needs, in one place."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+
+import megatron
+from megatron.arguments import flat
+from megatron.checkpointing.rng import capture_rng, restore_rng
+from megatron.config import (
+    Config,
+    LearningRateConfig,
+    ModelConfig,
+    OptimizerConfig,
+    SeqlenWarmupConfig,
+)
+from megatron.errors import UserError
+from megatron.instability.loss_ratio import LossRatio, PositionMatchedLossRatio
+from megatron.model.gpt2 import GPT2Model
+from megatron.optimizer.loss_scale import LossScaler
+from megatron.progress import Progress
+
+GUARDED = (
+    {f.name for s in (ModelConfig, SeqlenWarmupConfig, LearningRateConfig, OptimizerConfig) for f in fields(s)}
+    | {"seed", "global_batch_size", "fp16", "bf16", "split", "eod_mask_loss", "reset_position_ids"}
+    | {"reset_attention_mask"}
+) - {"model_size", "moment_statistics_interval"}
+"""Settings that a resume must not change unnoticed."""
+NEEDED_BY_WEIGHTS = ("num_attention_heads", "norm_epsilon", "tokenizer")
+"""Settings that give the same weights another meaning, and that their shapes do not tell."""
+
+
+@dataclass
+class TrainState:
+    """What changes while a run goes on."""
+
+    model: GPT2Model
+    optimizer: torch.optim.AdamW
+    scaler: LossScaler
+    matched_ratio: PositionMatchedLossRatio
+    loss_ratio: LossRatio = field(default_factory=LossRatio)
+    progress: Progress = field(default_factory=Progress)
+    validation_due: bool = False
+    """A stop cut the validation after the last step short."""
+    training_seconds: float = 0.0
+    """Wall time spent in steps."""
+    elapsed_seconds: float = 0.0
+    """Wall time of the whole run up to the last checkpoint, evaluation and saving included."""
+
+    def to_dict(self, settings: dict[str, Any], *, rng: bool) -> dict[str, Any]:
+        """Everything but the tensors, as JSON values."""
+        return {
+            "progress": self.progress.to_dict(),
+            "loss_scaler": self.scaler.state_dict(),
+            "loss_ratio": self.loss_ratio.state_dict(),
+            "position_matched_loss_ratio": self.matched_ratio.state_dict(),
+            "validation_due": self.validation_due,
+            "training_seconds": self.training_seconds,
+            "elapsed_seconds": self.elapsed_seconds,
+            "rng": capture_rng() if rng else None,
+            "settings": settings,
+            "versions": {
+                "megatron": megatron.__version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
+        }
+
+    def load_dict(self, state: dict[str, Any], *, rng: bool) -> None:
+        """Take over `to_dict`'s values. The generators come last: nothing may draw after them."""
+        self.progress = Progress(**state["progress"])
+        self.scaler.load_state_dict(state["loss_scaler"])
+        self.loss_ratio.load_state_dict(state["loss_ratio"])
+        self.matched_ratio.load_state_dict(state["position_matched_loss_ratio"])
+        self.validation_due = state["validation_due"]
+        self.training_seconds = state["training_seconds"]
+        self.elapsed_seconds = state["elapsed_seconds"]
+        if rng and state["rng"] is not None:
+            restore_rng(state["rng"])
+
+
+def guarded_settings(config: Config, *, data: str, tokenizer: str) -> dict[str, Any]:
+    """What a checkpoint remembers of its run, to compare at a resume.
+
+    Args:
+        data: fingerprint of the corpora, their weights and splits.
+        tokenizer: fingerprint of the tokenizer, or the vocabulary's size where there is none.
+    """
+    settings = {name: value for name, value in flat(config).items() if name in GUARDED}
+    settings["max_position_embeddings"] = config.model.positions
+    decay = config.learning_rate.decay(config.training)
+    if config.learning_rate.lr_decay_style != "constant":
+        settings["lr_decay"] = f"{decay.value} {decay.unit}"
+    return settings | {"data": data, "tokenizer": tokenizer}
+
+
+def check_settings(saved: dict[str, Any], current: dict[str, Any], override: tuple[str, ...], where: str) -> list[str]:
+    """Compare a checkpoint's settings with the run's.
+
+    Returns:
+        A line for each difference that --override allows.
+
+    Raises:
+        UserError: listing every other difference, the checkpoint's value and the run's side by side.
+    """
+    allowed = {name.replace("-", "_") for name in override}
+    differences = {n: (saved.get(n), v) for n, v in current.items() if saved.get(n) != v}
+    refused = {n: d for n, d in differences.items() if n not in allowed}
+    if refused:
+        lines = "; ".join(f"{n}: checkpoint {old}, now {new}" for n, (old, new) in refused.items())
+        raise UserError(
+            f"{where} was made with other settings: {lines}. "
+            f"Use the checkpoint's, or allow the change with --override {' '.join(refused)}"
+        )
+    return [f"{n}: {old} -> {new}" for n, (old, new) in differences.items()]

@@ -1,0 +1,266 @@
+"""Damaged, unsafe and unfinished checkpoints: each is detected, and named, before anything of it is used."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from megatron.checkpointing import manifest as manifests
+from megatron.checkpointing.checkpoint import load_checkpoint, save_checkpoint
+from megatron.checkpointing.commit import LATEST, find_latest, reap_temporary
+from megatron.checkpointing.manifest import MANIFEST, FileEntry, Manifest, read_manifest
+from megatron.errors import UserError
+
+SHARD = "shard-00001-model-00001-of-00001.safetensors"
+FILES = ["config.yaml", MANIFEST, SHARD, "state.json"]
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    """Two checkpoints, of iterations 5 and 10."""
+    for iteration in (5, 10):
+        tensors = {"x": torch.arange(100.0) + iteration, "y": torch.full((3, 2), float(iteration))}
+        save_checkpoint(
+            tmp_path, iteration=iteration, tensors=tensors, state={"i": iteration}, config_text=f"seed: {iteration}\n"
+        )
+    return tmp_path
+
+
+def newest(directory: Path) -> Path:
+    return directory / "iter_0000010"
+
+
+def rewrite_manifest(path: Path, files: dict[str, FileEntry]) -> None:
+    """Put a manifest into place that is sound but for what it says."""
+    (path / MANIFEST).write_bytes(Manifest(10, files).to_bytes())
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_flipped_bit_tried_is_detected_and_named(directory: Path, name: str) -> None:
+    path = newest(directory)
+    original = (path / name).read_bytes()
+    positions = range(8 * len(original))
+    for position in random.Random(0).sample(positions, min(200, len(positions))):
+        flipped = bytearray(original)
+        flipped[position // 8] ^= 1 << position % 8
+        (path / name).write_bytes(flipped)
+        with pytest.raises(UserError) as caught:
+            load_checkpoint(path)
+        assert str(path / name) in str(caught.value) and str(directory / "iter_0000005") in str(caught.value)
+    (path / name).write_bytes(original)
+    load_checkpoint(path)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_truncation_tried_is_detected_and_never_resumed_from(directory: Path, name: str) -> None:
+    path = newest(directory)
+    original = (path / name).read_bytes()
+    for size in {0, 1, len(original) // 2, len(original) - 1}:
+        (path / name).write_bytes(original[:size])
+        with pytest.raises(UserError, match=name):
+            load_checkpoint(path)
+        lines: list[str] = []
+        assert find_latest(directory, lines.append) == directory / "iter_0000005"
+        assert name in lines[0] and "iter_0000010" in lines[0]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_deleted_file_is_detected_and_named(directory: Path, name: str) -> None:
+    os.unlink(newest(directory) / name)
+    with pytest.raises(UserError, match=name):
+        load_checkpoint(newest(directory))
+    assert find_latest(directory) == directory / "iter_0000005"
+
+
+def test_message_says_what_was_expected_and_found_and_what_to_do(directory: Path) -> None:
+    shard = newest(directory) / SHARD
+    with open(shard, "r+b") as stream:
+        stream.seek(-1, os.SEEK_END)
+        stream.write(b"\xff")
+    with pytest.raises(UserError, match=r"damaged, expected crc32 \w{8} over [\d,]+ bytes, found \w{8}; go on from"):
+        load_checkpoint(newest(directory))
+    shutil.rmtree(directory / "iter_0000005")
+    with pytest.raises(UserError, match="there is no older whole checkpoint beside it"):
+        load_checkpoint(newest(directory))
+    assert load_checkpoint(newest(directory), verify=False).iteration == 10
+
+
+def test_appended_bytes_and_foreign_shards_are_refused(directory: Path) -> None:
+    shutil.copy(newest(directory) / SHARD, newest(directory) / "shard-00002-model-00001-of-00001.safetensors")
+    with pytest.raises(UserError, match=r"shard-00002.*not in the checkpoint's manifest"):
+        load_checkpoint(newest(directory))
+    os.unlink(newest(directory) / "shard-00002-model-00001-of-00001.safetensors")
+    with open(newest(directory) / SHARD, "ab") as stream:
+        stream.write(b"\0")
+    with pytest.raises(UserError, match=SHARD):
+        load_checkpoint(newest(directory))
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "sub/../../secret", "..", "", ".", "a\\b", "a\0b"])
+def test_names_that_leave_the_directory_are_refused(directory: Path, name: str) -> None:
+    (directory / "secret").write_text("secret")
+    files = read_manifest(newest(directory)).files | {name: FileEntry(6, "00000000")}
+    rewrite_manifest(newest(directory), files)
+    with pytest.raises(UserError, match="is not a plain file name"):
+        load_checkpoint(newest(directory))
+
+
+def test_links_that_leave_the_directory_are_refused(directory: Path) -> None:
+    outside = directory / "outside.json"
+    shutil.move(newest(directory) / "state.json", outside)
+    (newest(directory) / "state.json").symlink_to(outside)
+    with pytest.raises(UserError, match=r"state.json: leads outside the checkpoint, to .*outside.json"):
+        load_checkpoint(newest(directory))
+
+
+def test_something_else_than_a_file_is_refused(directory: Path) -> None:
+    os.unlink(newest(directory) / "state.json")
+    (newest(directory) / "state.json").mkdir()
+    with pytest.raises(UserError, match=r"state.json: expected a regular file"):
+        load_checkpoint(newest(directory))
+
+
+def test_manifest_of_another_iteration_or_a_newer_format_is_refused(directory: Path) -> None:
+    shutil.copytree(newest(directory), directory / "iter_0000020")
+    with pytest.raises(UserError, match="expected iteration 20, found 10"):
+        load_checkpoint(directory / "iter_0000020")
+    parsed = json.loads((newest(directory) / MANIFEST).read_text())
+    (newest(directory) / MANIFEST).write_text(json.dumps(parsed | {"format": 2}))
+    with pytest.raises(UserError, match="expected format 1, found 2; use a newer version"):
+        load_checkpoint(newest(directory))
+
+
+def test_manifest_without_the_needed_files_is_refused(directory: Path) -> None:
+    files = {name: entry for name, entry in read_manifest(newest(directory)).files.items() if name != "state.json"}
+    rewrite_manifest(newest(directory), files)
+    with pytest.raises(UserError, match=r"its manifest has no state.json"):
+        load_checkpoint(newest(directory))
+
+
+def test_shard_that_is_no_safetensors_file_is_refused(directory: Path) -> None:
+    (newest(directory) / SHARD).write_bytes(b"\xff" * 64)
+    rewrite_manifest(newest(directory), manifests.describe(newest(directory), 10).files)
+    with pytest.raises(UserError, match=r"cannot read the tensors of .*iter_0000010"):
+        load_checkpoint(newest(directory))
+
+
+class _Canary:
+    """Makes a file where it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (Path.touch, (self.path,))
+
+
+def test_no_pickle_is_ever_read(directory: Path) -> None:
+    sung = directory / "sung"
+    for name in (".metadata", "__0_0.distcp", "common.pt"):
+        (newest(directory) / name).write_bytes(pickle.dumps(_Canary(sung)))
+    assert find_latest(directory) == newest(directory)
+    assert load_checkpoint(newest(directory)).state == {"i": 10}
+    (newest(directory) / SHARD).write_bytes(pickle.dumps(_Canary(sung)))
+    rewrite_manifest(newest(directory), manifests.describe(newest(directory), 10).files)
+    with pytest.raises(UserError):
+        load_checkpoint(newest(directory))
+    assert not sung.exists()
+    pickle.loads((newest(directory) / ".metadata").read_bytes())
+    assert sung.exists(), "the canary must sing where a pickle is read"
+
+
+def test_temporary_directories_are_ignored_told_of_and_reaped(directory: Path) -> None:
+    shutil.copytree(newest(directory), directory / "iter_0000020.tmp-0123abcd")
+    (directory / "iter_0000030.tmp-ffffffff").mkdir()
+    (directory / ".latest.tmp-0123abcd").write_text("iter")
+    (directory / "iter_20.tmp-not-ours").mkdir()
+    (directory / "metrics.jsonl").write_text("{}\n")
+    lines: list[str] = []
+    assert find_latest(directory, lines.append) == newest(directory)
+    assert [line.split(":")[0] for line in lines] == [
+        str(directory / "iter_0000030.tmp-ffffffff"),
+        str(directory / "iter_0000020.tmp-0123abcd"),
+    ]
+    assert len(reap_temporary(directory)) == 3
+    assert sorted(p.name for p in directory.iterdir()) == [
+        "iter_0000005",
+        "iter_0000010",
+        "iter_20.tmp-not-ours",
+        LATEST,
+        "metrics.jsonl",
+    ]
+    assert reap_temporary(directory) == [] == reap_temporary(directory / "nowhere")
+
+
+@pytest.mark.parametrize("content", [b"", b"iter_0000005\n", b"../../etc", b"\xff\xfe\0", b"x" * 100_000, None])
+def test_latest_is_only_a_hint(directory: Path, content: bytes | None) -> None:
+    lines: list[str] = []
+    if content is None:
+        os.unlink(directory / LATEST)
+    else:
+        (directory / LATEST).write_bytes(content)
+    assert find_latest(directory, lines.append) == newest(directory)
+    assert bool(lines) == (content is not None)
+
+
+def test_interrupted_replacement_is_found_and_finished(directory: Path) -> None:
+    aside = directory / "iter_0000010.old-0123abcd"
+    os.rename(newest(directory), aside)
+    assert find_latest(directory) == aside
+    assert load_checkpoint(aside).state == {"i": 10}
+    assert reap_temporary(directory) == []
+    assert find_latest(directory) == newest(directory)
+    shutil.copytree(newest(directory), aside)
+    assert reap_temporary(directory) == [aside]
+    assert find_latest(directory) == newest(directory)
+    shutil.copytree(newest(directory), aside)
+    os.unlink(newest(directory) / SHARD)
+    assert reap_temporary(directory) == [], "the old one is all there is"
+    assert find_latest(directory) == aside
+
+
+def test_named_checkpoint_that_is_not_whole_is_an_error_not_a_fresh_start(directory: Path) -> None:
+    os.unlink(newest(directory) / SHARD)
+    with pytest.raises(UserError, match=SHARD):
+        find_latest(newest(directory))
+    with pytest.raises(UserError, match="there is no such checkpoint"):
+        find_latest(directory / "iter_0000099")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+LIKE_A_MANIFEST = st.fixed_dictionaries(
+    {},
+    optional={
+        "format": JSON,
+        "iteration": JSON,
+        "crc32": JSON,
+        "files": JSON | st.dictionaries(st.text(max_size=8), st.fixed_dictionaries({"size": JSON, "crc32": JSON})),
+    },
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(content=st.binary(max_size=64) | (JSON | LIKE_A_MANIFEST).map(lambda value: json.dumps(value).encode()))
+def test_any_bytes_as_a_manifest_are_a_user_error(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / MANIFEST).write_bytes(content)
+    with pytest.raises(UserError, match=r"manifest\.json"):
+        read_manifest(tmp_path)
+
+
+def test_deeply_nested_manifest_is_a_user_error(tmp_path: Path) -> None:
+    (tmp_path / MANIFEST).write_text("[" * 100_000)
+    with pytest.raises(UserError, match="damaged manifest"):
+        read_manifest(tmp_path)

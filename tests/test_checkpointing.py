@@ -1,0 +1,306 @@
+"""Round trips: what was saved is what is loaded, bit for bit, and a resumed run is the run."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small_training import SmallModel, Training
+from torch import Tensor, nn
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
+from megatron.checkpointing import tensors as shards
+from megatron.checkpointing.checkpoint import check_space, load_checkpoint, save_checkpoint
+from megatron.checkpointing.commit import LATEST, find_latest
+from megatron.checkpointing.rng import capture_rng, restore_rng
+from megatron.checkpointing.state import collect, load_into, restore
+from megatron.errors import UserError
+
+N = 3
+
+
+def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    """Equal names, types and bits."""
+    return left.keys() == right.keys() and all(bits(left[name]) == bits(right[name]) for name in left)
+
+
+def bits(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.dtype, tensor.shape, tensor.contiguous().numpy().tobytes()
+
+
+def snapshot(training: Training) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in collect(training.model, training.optimizer).items()}
+
+
+@pytest.fixture
+def odd_tensors() -> dict[str, Tensor]:
+    """Every type and shape that training state has, and values that a careless path would change."""
+    big = torch.arange(24.0).reshape(4, 6)
+    return {
+        "bfloat16": torch.randn(5).bfloat16().float(),
+        "empty": torch.zeros(0, 3),
+        "int64": torch.tensor([2**62, -1]),
+        "nan": torch.tensor([float("nan"), float("inf"), -0.0, 1e-45]),
+        "scalar": torch.tensor(3.0),
+        "transposed": big.t(),
+        "uint8": torch.arange(256, dtype=torch.uint8),
+        "view": big[1:3],
+    }
+
+
+def test_tensors_come_back_bit_for_bit(tmp_path: Path, odd_tensors: dict[str, Tensor], monkeypatch) -> None:
+    monkeypatch.setattr(shards, "FILE_BYTES", 64)
+    shards.write_tensors(tmp_path, odd_tensors)
+    assert len(list(tmp_path.iterdir())) > 2
+    loaded = shards.read_tensors(tmp_path)
+    assert same(odd_tensors, loaded)
+
+
+def test_bfloat16_comes_back(tmp_path: Path) -> None:
+    value = torch.randn(7).bfloat16()
+    shards.write_tensors(tmp_path, {"x": value})
+    assert torch.equal(shards.read_tensors(tmp_path)["x"].view(torch.int16), value.view(torch.int16))
+
+
+def test_stock_reader_of_dcp_reads_our_shards(tmp_path: Path, odd_tensors: dict[str, Tensor]) -> None:
+    shards.write_tensors(tmp_path, odd_tensors)
+    described = HuggingFaceStorageReader(str(tmp_path)).read_metadata().state_dict_metadata
+    assert {name: tuple(entry.size) for name, entry in described.items()} == {
+        name: tuple(tensor.shape) for name, tensor in odd_tensors.items()
+    }
+
+
+def test_checkpoint_is_plain_files_without_pickle(tmp_path: Path) -> None:
+    path = Training().save(tmp_path)
+    assert path == tmp_path / "iter_0000000"
+    assert sorted(p.name for p in path.iterdir()) == [
+        "config.yaml",
+        "manifest.json",
+        "shard-00001-model-00001-of-00001.safetensors",
+        "state.json",
+    ]
+    assert (tmp_path / LATEST).read_text() == "iter_0000000\n"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["iter_0000000", LATEST]
+    modes = {p.stat().st_mode & 0o777 for p in path.iterdir()}
+    assert len(modes) == 1, "all files can be read by the same people"
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_round_trip_of_weights_moments_steps_and_generators(tmp_path: Path, fused: bool) -> None:
+    training = Training(fused=fused)
+    training.run(N)
+    before, drawn_from = snapshot(training), capture_rng()
+    checkpoint = load_checkpoint(training.save(tmp_path))
+    other = Training(fused=fused)
+    assert not same(before, snapshot(other))
+    other.take(checkpoint.tensors, checkpoint.state)
+    assert same(before, snapshot(other))
+    assert capture_rng() == drawn_from
+    assert checkpoint.iteration == N
+    assert checkpoint.config_text == "lr: 1e-2\n"
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_resumed_run_equals_straight_run(tmp_path: Path, fused: bool) -> None:
+    straight = Training(fused=fused)
+    expected = straight.run(2 * N)
+    first = Training(fused=fused)
+    assert first.run(N) == expected[:N]
+    checkpoint = load_checkpoint(first.save(tmp_path))
+    second = Training(fused=fused)
+    second.take(checkpoint.tensors, checkpoint.state)
+    assert second.run(2 * N) == expected[N:]
+    assert same(snapshot(straight), snapshot(second))
+    assert capture_rng() is not None and straight.progress == second.progress
+
+
+def test_resume_in_a_fresh_process_equals_straight_run(tmp_path: Path) -> None:
+    def run(until: int) -> list[str]:
+        program = Path(__file__).with_name("small_training.py")
+        command = [sys.executable, str(program), str(tmp_path / "resumed"), str(until)]
+        paths = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": paths}, timeout=120
+        )
+        return json.loads(done.stdout)
+
+    straight = Training()
+    expected = straight.run(2 * N)
+    assert run(N) + run(2 * N) == expected
+    path = straight.save(tmp_path / "straight")
+    resumed = tmp_path / "resumed" / path.name
+    assert (resumed / "manifest.json").read_bytes() == (path / "manifest.json").read_bytes(), "equal in every file"
+
+
+FIELDS = ["python", "numpy", "torch", "progress", "exp_avg", "exp_avg_sq", "step", "model"]
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_negative_control_each_field_left_out_changes_the_run(tmp_path: Path, field: str) -> None:
+    first = Training()
+    first.run(N)
+    checkpoint = load_checkpoint(first.save(tmp_path))
+    expected = first.run(2 * N)
+    second = Training()
+    fresh_tensors, fresh_state = snapshot(second), second.state()
+    tensors, state = dict(checkpoint.tensors), copy.deepcopy(checkpoint.state)
+    if field in ("python", "numpy", "torch"):
+        state["rng"][field] = fresh_state["rng"][field]
+    elif field == "progress":
+        state["progress"]["iteration"] = N - 1
+    else:
+        chosen = [n for n in tensors if n.endswith("." + field) or n.startswith(field + ".")]
+        assert chosen
+        tensors |= {name: fresh_tensors[name] for name in chosen}
+    second.take(tensors, state)
+    assert second.run(2 * N)[-N:] != expected
+
+
+def test_tied_weight_is_stored_once_and_stays_tied(tmp_path: Path) -> None:
+    training = Training()
+    names = collect(training.model, training.optimizer)
+    assert "model.embedding.weight" in names and "model.head.weight" not in names
+    checkpoint = load_checkpoint(training.save(tmp_path))
+    restore(training.model, training.optimizer, checkpoint.tensors)
+    assert training.model.head.weight is training.model.embedding.weight
+
+
+def test_buffers_are_stored_if_they_persist() -> None:
+    names = collect(SmallModel())
+    assert "model.seen" in names and "model.scratch" not in names
+
+
+def test_names_do_not_depend_on_compilation() -> None:
+    model = SmallModel()
+    plain = list(collect(model))
+    model.inner[0] = torch.compile(model.inner[0])
+    assert list(collect(torch.compile(model))) == plain
+
+
+def test_names_do_not_depend_on_which_parameters_had_gradients() -> None:
+    training = Training()
+    before = list(collect(training.model, training.optimizer))
+    training.run(1)
+    assert list(collect(training.model, training.optimizer)) == before
+    assert "optim.unused.exp_avg_sq" in before
+
+
+def test_restored_zeros_act_like_an_optimizer_without_state() -> None:
+    plain, restored = Training(fused=True), Training(fused=True)
+    tensors, state = snapshot(restored), restored.state()
+    restored.take(tensors, state)
+    losses = restored.run(N)
+    restore_rng(state["rng"])
+    assert plain.run(N) == losses
+
+
+def test_weights_alone_can_be_loaded() -> None:
+    trained, fresh = Training(), SmallModel()
+    trained.run(1)
+    restore(fresh, None, collect(trained.model, trained.optimizer))
+    assert same(collect(fresh), collect(trained.model))
+
+
+def test_weights_without_optimizer_state_are_refused_for_a_resume() -> None:
+    training = Training()
+    with pytest.raises(UserError, match=r"18 missing: optim.*saved without optimizer state"):
+        restore(training.model, training.optimizer, collect(training.model))
+
+
+def test_mismatches_are_listed_and_nothing_is_changed() -> None:
+    destination = {"a": torch.zeros(2), "b": torch.zeros(3), "c": torch.zeros(1), "d": torch.zeros(1)}
+    loaded = {"a": torch.ones(2), "b": torch.ones(4), "d": torch.ones(1).double(), "z": torch.ones(1)}
+    with pytest.raises(UserError) as caught:
+        load_into(destination, loaded)
+    message = str(caught.value)
+    assert "1 missing: c" in message and "1 unexpected: z" in message
+    assert "b (expected (3,) float32, found (4,) float32)" in message
+    assert "d (expected (1,) float32, found (1,) float64)" in message
+    assert destination["a"].sum() == 0
+
+
+def test_foreign_optimizer_state_is_not_dropped_silently() -> None:
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), amsgrad=True)
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    with pytest.raises(ValueError, match="max_exp_avg_sq"):
+        collect(model, optimizer)
+
+
+def test_generators_continue_through_json() -> None:
+    random.gauss(0, 1), np.random.randn()  # both now hold a second, cached number
+    state = json.loads(json.dumps(capture_rng()))
+
+    def draw() -> list[float]:
+        return [random.gauss(0, 1), random.random(), np.random.randn(), np.random.rand(), torch.rand(1).item()]
+
+    expected = draw()
+    restore_rng(state)
+    assert draw() == expected
+
+
+@pytest.mark.parametrize("change", [{"python": None}, {"numpy": [1]}, {"torch": "not base64!"}, {"torch": "AAAA"}])
+def test_unusable_generator_state_is_refused(change: dict[str, object]) -> None:
+    before = capture_rng()
+    with pytest.raises(UserError, match="--no-load-rng"):
+        restore_rng(before | change)
+    restore_rng(before)
+
+
+def test_saving_the_same_state_again_keeps_what_is_there(tmp_path: Path) -> None:
+    training = Training()
+    path = training.save(tmp_path)
+    inode = path.stat().st_ino
+    assert training.save(tmp_path).stat().st_ino == inode
+    training.run(1)
+    training.progress.iteration = 0
+    training.save(tmp_path)
+    assert same(load_checkpoint(path).tensors, snapshot(training))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["iter_0000000", LATEST]
+
+
+def test_damaged_checkpoint_of_the_same_iteration_is_replaced(tmp_path: Path) -> None:
+    training = Training()
+    path = training.save(tmp_path)
+    (path / "state.json").write_text("{}")
+    training.save(tmp_path)
+    assert load_checkpoint(path).state["progress"]["iteration"] == 0
+
+
+def test_state_that_json_cannot_hold_is_refused_before_writing(tmp_path: Path) -> None:
+    with pytest.raises(TypeError):
+        save_checkpoint(
+            tmp_path / "run", iteration=1, tensors={"x": torch.ones(1)}, state={"a": object()}, config_text=""
+        )
+    assert not (tmp_path / "run").exists()
+
+
+def test_newest_by_number_not_by_text_or_time(tmp_path: Path) -> None:
+    for iteration in (12_345_678, 9_999_999, 500):
+        save_checkpoint(
+            tmp_path, iteration=iteration, tensors={"x": torch.ones(1)}, state={"low": float("inf")}, config_text=""
+        )
+    found = find_latest(tmp_path)
+    assert found is not None and found.name == "iter_12345678"
+    assert load_checkpoint(found).state == {"low": float("inf")}
+    assert find_latest(tmp_path / "iter_0000500") == tmp_path / "iter_0000500"
+    assert find_latest(tmp_path / "nowhere") is None
+
+
+def test_check_space(tmp_path: Path, monkeypatch) -> None:
+    check_space(tmp_path / "new", {"x": torch.ones(4)})
+    assert list((tmp_path / "new").iterdir()) == []
+    with pytest.raises(UserError, match=r"disk full: a checkpoint in .* takes 4000000.00 GB"):
+        check_space(tmp_path, {"x": torch.empty(10**15, device="meta")})
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot write .*file"):
+        check_space(tmp_path / "file", {})

@@ -1,0 +1,138 @@
+"""The progress line: what it says, where it says it, and its estimate of the time left."""
+
+from __future__ import annotations
+
+import io
+import re
+from typing import Any
+
+import pytest
+
+from megatron.console import ProgressLine, format_count, format_duration
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def step(iteration: int, tokens: int, **more: Any) -> dict[str, Any]:
+    return {
+        "iteration": iteration,
+        "consumed_tokens": tokens,
+        "loss": 5.1234,
+        "seqlen": 120,
+        "lr": 6e-4,
+        "grad_norm": 0.52,
+        **more,
+    }
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (0, "0"), (7, "7"), (999, "999"), (999.4, "999"), (999.6, "1.00K"), (1000, "1.00K"), (9_996, "10.0K"),
+        (99_960, "100K"), (999_499, "999K"), (999_999, "1.00M"), (4_200_000, "4.20M"), (157_286_400_000, "157B"),
+        (3e15, "3000T"), (-1500, "-1.50K"), (float("nan"), "nan"), (float("inf"), "inf"),
+    ],
+)  # fmt: skip
+def test_format_count(number: float, text: str) -> None:
+    assert format_count(number) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "00:00"), (151, "02:31"), (59.6, "01:00"), (3599.7, "1:00:00"), (3751, "1:02:31"), (90061, "1d 01:01:01"),
+        (None, "--:--"), (float("inf"), "--:--"), (-3, "00:00"),
+    ],
+)  # fmt: skip
+def test_format_duration(seconds: float | None, text: str) -> None:
+    assert format_duration(seconds) == text
+
+
+def test_plain_lines_every_log_interval() -> None:
+    out, clock = io.StringIO(), Clock()
+    line = ProgressLine("slw", target_tokens=10_000_000, log_interval=600, stream=out, clock=clock)
+    for iteration in range(1, 1251):
+        clock.now = 3500 * iteration / 20_000
+        line.update(step(iteration, 3500 * iteration))
+    line.validation({"iteration": 1250, "consumed_tokens": 4_375_000, "loss": 5.0, "perplexity": 148.4132})
+    line.close()
+    assert out.getvalue().splitlines() == [
+        "step 600 | 2.10M/10.0M tokens 21% | loss 5.1234 | seqlen 120 | lr 6.0e-04 | grad norm 0.52 | 20.0K tok/s"
+        " | ETA 06:35",
+        "step 1,200 | 4.20M/10.0M tokens 42% | loss 5.1234 | seqlen 120 | lr 6.0e-04 | grad norm 0.52 | 20.0K tok/s"
+        " | ETA 04:50",
+        "validation | step 1,250 | 4.38M tokens | loss 5.0000 | perplexity 148.41",
+        "step 1,250 | 4.38M/10.0M tokens 43% | loss 5.1234 | seqlen 120 | lr 6.0e-04 | grad norm 0.52 | 20.0K tok/s"
+        " | ETA 04:41",
+    ]
+
+
+def test_eta_follows_a_change_of_speed() -> None:
+    clock = Clock()
+    line = ProgressLine("slw", target_tokens=1_000_000, stream=io.StringIO(), clock=clock)
+    tokens = iteration = 0
+    for speed in (100, 10_000):  # tokens a second: short steps are slow for each token
+        for _ in range(600):
+            clock.now, tokens, iteration = clock.now + 0.1, tokens + speed // 10, iteration + 1
+            line.update(step(iteration, tokens))
+    assert line.speed() == pytest.approx(10_000, rel=0.01)
+    assert line.seconds_left() == pytest.approx((1_000_000 - tokens) / 10_000, rel=0.01)
+    assert len(line._window) < 500
+
+
+def test_evaluation_counts_for_the_eta_but_not_for_the_speed() -> None:
+    clock = Clock()
+    line = ProgressLine("slw", target_tokens=10_000, stream=io.StringIO(), clock=clock)
+    for iteration in range(1, 101):
+        clock.now += 0.1 + (5.0 if iteration == 50 else 0.0)
+        line.update(step(iteration, 10 * iteration, seconds=0.1 * iteration))
+    assert line.speed() == pytest.approx(100)
+    assert line.seconds_left() == pytest.approx(9000 * (9.9 + 5) / 990, rel=1e-6)
+
+
+def test_live_line_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "60")
+    out, clock = Terminal(), Clock()
+    line = ProgressLine("slw", target_tokens=1000, stream=out, clock=clock)
+    for iteration in range(1, 101):
+        clock.now += 0.01
+        line.update(step(iteration, 10 * iteration))
+    drawn = out.getvalue().split("\r\x1b[2K")[1:]
+    assert 9 <= len(drawn) <= 12  # ten a second
+    assert drawn[0].startswith("slw | 10/1.00K tokens 1% | step 1 | loss 5.1234")
+    assert all(len(text) <= 59 and "\n" not in text for text in drawn)
+    line.message("saved")
+    assert re.search(r"\r\x1b\[2Ksaved\nslw \| [^\n]*$", out.getvalue())
+    line.close()
+    assert "slw | 1.00K/1.00K tokens 100%" in out.getvalue().rpartition("\x1b[2K")[2]
+    assert out.getvalue().endswith("\n")
+    line.close()
+
+
+def test_dumb_terminal_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    out = Terminal()
+    with ProgressLine("slw", target_tokens=None, log_interval=1, stream=out) as line:
+        line.update({"iteration": 1, "consumed_tokens": 5, "loss": float("nan")})
+    assert out.getvalue() == "step 1 | 5 tokens | loss nan\n"
+
+
+def test_silent_on_other_ranks() -> None:
+    out = Terminal()
+    with ProgressLine("slw", target_tokens=10, silent=True, stream=out) as line:
+        line.update(step(1, 10))
+        line.message("hello")
+        line.validation({"iteration": 1, "loss": 1.0})
+    assert out.getvalue() == ""

@@ -1,0 +1,85 @@
+"""The figure shows the data it was given: axes are checked, not pixels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pytest
+from synthetic_runs import write_run
+
+from megatron.errors import UserError
+from megatron.instability.figures import COLOURS, PANELS, figure_comparison, moving_average
+from megatron.instability.summary import Run, read_run
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Run]:
+    home = tmp_path_factory.mktemp("runs")
+    return [
+        read_run(write_run(home / "baseline", tokens=2_000_000, spikes=(1e6,))),
+        read_run(write_run(home / "slw", tokens=2_000_000, warmup_steps=100, seed=1)),
+    ]
+
+
+def test_png_is_there_and_not_blank(runs: list[Run], tmp_path: Path) -> None:
+    figure_comparison(runs, tmp_path / "deep" / "figure.png")
+    pixels = matplotlib.image.imread(tmp_path / "deep" / "figure.png")
+    assert pixels.shape[1] == 1800
+    assert 0.01 < (pixels[..., :3].min(axis=2) < 0.9).mean() < 0.3
+
+
+def test_panels_hold_the_logged_values(runs: list[Run]) -> None:
+    axes = figure_comparison(runs, None).axes
+    assert [axis.get_title(loc="left") for axis in axes] == [panel.title for panel in PANELS]
+    for axis, panel in zip(axes, PANELS, strict=True):
+        assert axis.get_xlabel() and axis.get_ylabel()
+        for index, run in enumerate(runs):
+            line = next(line for line in axis.get_lines() if line.get_color() == COLOURS[index])
+            column = run.validation if panel.validation else run.step
+            x, y = column(panel.x), column(panel.y)
+            known = np.isfinite(x) & np.isfinite(y)
+            x_scale = 1e6 if panel.x == "consumed_tokens" else 1.0
+            y_scale = 1e-3 if panel.y == "lr" else 1.0
+            np.testing.assert_allclose(line.get_xdata(), x[known] / x_scale)
+            np.testing.assert_allclose(line.get_ydata(), y[known] / y_scale)
+
+
+def test_units_follow_the_size_of_the_run(runs: list[Run]) -> None:
+    axes = figure_comparison(runs, None).axes
+    assert axes[0].get_xlabel() == "trained on (M tokens)"
+    assert axes[2].get_xlabel() == "training time (seconds)"
+    assert "10^{-3}" in axes[4].get_ylabel()
+
+
+def test_one_legend_names_each_run_once(runs: list[Run]) -> None:
+    figure = figure_comparison(runs, None)
+    assert [text.get_text() for legend in figure.legends for text in legend.get_texts()] == ["baseline", "slw"]
+    assert all(axis.get_legend() is None for axis in figure.axes)
+
+
+def test_logs_without_some_fields_and_with_nan(tmp_path: Path) -> None:
+    steps = {
+        "iteration": np.arange(1.0, 6.0),
+        "consumed_tokens": np.arange(1.0, 6.0),
+        "loss": np.array([3.0, 2.0, np.nan, np.inf, 1.0]),
+    }
+    figure = figure_comparison([Run("odd", steps, {})], tmp_path / "figure.png")
+    assert [text.get_text() for text in figure.axes[1].texts] == ["not in the logs"]
+
+
+def test_a_figure_that_cannot_be_written(runs: list[Run], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write the figure"):
+        figure_comparison(runs[:1], tmp_path / "file" / "figure.png")
+    with pytest.raises(UserError, match="cannot write the figure"):
+        figure_comparison(runs[:1], tmp_path / "figure.nonsense")
+
+
+def test_moving_average_is_centred_and_skips_holes() -> None:
+    line = np.arange(50.0)
+    np.testing.assert_allclose(moving_average(line, 9), line)  # a straight line stays where it is, ends included
+    values = np.array([1.0, np.nan, 3.0, 5.0, np.inf])
+    np.testing.assert_allclose(moving_average(values, 3), [1.0, np.nan, 4.0, 4.0, np.nan])
+    np.testing.assert_allclose(moving_average(line, 1), line)

@@ -1,0 +1,117 @@
+"""Turn raw text into the trainer's data, PREFIX_KEY_document.bin and .idx (Megatron's format).
+
+    python tools/preprocess_data.py --input books.jsonl.gz --output-prefix data/books --append-eod --workers 2 \\
+        --tokenizer-type GPT2BPETokenizer --vocab-file gpt2-vocab.json --merge-file gpt2-merges.txt
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from the source tree, installed or not
+
+from megatron.data.documents import TEXT_UNITS
+from megatron.data.preprocessing import PreprocessConfig, preprocess
+from megatron.errors import run
+from megatron.tokenizer.build import TOKENIZER_TYPES, TokenizerFiles, add_file_flags
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The flags, with Megatron's names."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    group = parser.add_argument_group("input")
+    group.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="files or quoted globs: .jsonl (.json, .ndjson; one object a line), .txt (see "
+        "--text-unit), .parquet; the first two also with .gz or .zst",
+    )
+    group.add_argument(
+        "--input-format",
+        choices=("jsonl", "text", "parquet"),
+        help="what the files hold, where their endings do not tell",
+    )
+    group.add_argument(
+        "--text-unit",
+        choices=TEXT_UNITS,
+        default=TEXT_UNITS[0],
+        help="what is one document in a plain text file: the file, a paragraph (blank lines stand between them) or a "
+        "line that is not blank (default: file)",
+    )
+    group.add_argument(
+        "--json-keys",
+        nargs="+",
+        default=["text"],
+        metavar="KEY",
+        help="keys (or columns) to take; each gives a dataset of its own (default: text)",
+    )
+    group.add_argument(
+        "--skip-bad",
+        type=int,
+        default=0,
+        metavar="N",
+        help="pass over up to N bad documents (empty, invalid JSON or UTF-8, key missing) and count "
+        "them; one more is an error (default: 0)",
+    )
+    group.add_argument(
+        "--max-document-mb",
+        type=float,
+        default=128,
+        metavar="MB",
+        help="a larger line, paragraph or text file is a bad document (default: 128)",
+    )
+    group = parser.add_argument_group("tokenizer")
+    group.add_argument(
+        "--tokenizer-type",
+        default=TOKENIZER_TYPES[0],
+        metavar="TYPE",
+        help=f"{' or '.join(TOKENIZER_TYPES)} (default: {TOKENIZER_TYPES[0]})",
+    )
+    add_file_flags(group)
+    group.add_argument("--append-eod", action="store_true", help="end each document with it")
+    group = parser.add_argument_group("output")
+    group.add_argument(
+        "--output-prefix", required=True, metavar="PREFIX", help="writes PREFIX_KEY_document.bin, .idx and .json"
+    )
+    group.add_argument(
+        "--workers",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes that encode; the output does not depend on their number (default: 1)",
+    )
+    group.add_argument(
+        "--log-interval",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="documents between two progress lines; 0: none (default: 1000)",
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Preprocess, and say what was written."""
+    arguments = vars(parse_arguments())
+    names = ("tokenizer_type", "vocab_file", "merge_file", "tokenizer_file", "eod_token")
+    tokenizer = TokenizerFiles(**{name: arguments.pop(name) for name in names})
+    summary = preprocess(PreprocessConfig(tokenizer=tokenizer, **arguments))
+    for bad in summary.skipped[:10]:
+        print(f"skipped {bad}", file=sys.stderr)
+    megabytes = summary.input_bytes / 1e6
+    print(
+        f"{summary.documents:,} documents, {summary.tokens:,} tokens from {megabytes:,.1f} MB in "
+        f"{summary.seconds:.1f} s ({megabytes / summary.seconds:.2f} MB/s), {len(summary.skipped)} bad ones skipped"
+    )
+    for prefix in summary.prefixes:
+        print(f"{prefix}.bin, .idx, .json")
+
+
+if __name__ == "__main__":
+    run(main)

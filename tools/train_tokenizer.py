@@ -1,0 +1,76 @@
+"""Train a byte-level BPE tokenizer on the user's text: tokenizer.json, and the same as vocab.json and merges.txt.
+
+python tools/train_tokenizer.py --input books.jsonl.gz --vocab-size 8192 --output data/tokenizer
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from the source tree, installed or not
+
+from megatron.data.documents import TEXT_UNITS, find_inputs, read_texts
+from megatron.errors import run
+from megatron.tokenizer.training import train_bpe
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The flags."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="files or quoted globs: .jsonl (.json, .ndjson), .txt, .parquet; also .gz, .zst",
+    )
+    parser.add_argument(
+        "--input-format",
+        choices=("jsonl", "text", "parquet"),
+        help="what the files hold, where their endings do not tell",
+    )
+    parser.add_argument(
+        "--text-unit",
+        choices=TEXT_UNITS,
+        default=TEXT_UNITS[0],
+        help="what is one document in a plain text file: the file, a paragraph (blank lines stand between them) or a "
+        "line that is not blank (default: file)",
+    )
+    parser.add_argument(
+        "--json-keys", nargs="+", default=["text"], metavar="KEY", help="keys (or columns) to take (default: text)"
+    )
+    parser.add_argument(
+        "--vocab-size", type=int, required=True, metavar="N", help="tokens: 256 bytes, merges and <|endoftext|>"
+    )
+    parser.add_argument(
+        "--min-frequency", type=int, default=2, metavar="N", help="pairs that are rarer are not joined (default: 2)"
+    )
+    parser.add_argument("--output", required=True, metavar="DIR", help="directory for the three files")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Train, and say what was written."""
+    arguments = parse_arguments()
+    files = find_inputs(arguments.input, arguments.input_format, arguments.text_unit)
+    trained = train_bpe(
+        read_texts(files, arguments.json_keys),
+        arguments.vocab_size,
+        arguments.output,
+        min_frequency=arguments.min_frequency,
+        show_progress=sys.stderr.isatty(),
+    )
+    fewer = (
+        ""
+        if trained.vocab_size == arguments.vocab_size
+        else f" (the text has no more than these, not {arguments.vocab_size:,})"
+    )
+    print(f"{trained.vocab_size:,} tokens{fewer}: {trained.tokenizer_file}, {trained.vocab_file}, {trained.merge_file}")
+
+
+if __name__ == "__main__":
+    run(main)
