@@ -207,13 +207,13 @@ def test_a_validation_that_a_stop_cut_short_is_made_up_for(corpus, straight, tmp
     """The first validation stops its own process with SIGTERM; the resume begins with it."""
     home = tmp_path / "run"
     program = (
-        "import os, signal, sys; sys.path.insert(0, {root!r})\n"
+        f"import os, signal, sys; sys.path.insert(0, {str(ROOT)!r})\n"
         "import megatron.training.pretrain as room\n"
         "evaluate = room.evaluate\n"
         "def stopped(*a, **k): os.kill(os.getpid(), signal.SIGTERM); return evaluate(*a, **k)\n"
         "room.evaluate = stopped\n"
         "import pretrain_gpt2; sys.exit(pretrain_gpt2.main())\n"
-    ).format(root=str(ROOT))
+    )
     flags = command(corpus, "--train-iters", "20", "--save", str(home), "--load", str(home))
     first = subprocess.run(
         [sys.executable, "-c", program, *flags[2:]],

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.errors import UserError
 from megatron.config import ModelConfig
+from megatron.errors import UserError
 from megatron.tokenizer.build import build_tokenizer
 from megatron.tokenizer.gpt2_bpe import GPT2BPETokenizer, byte_alphabet, safe_pieces
 from megatron.tokenizer.huggingface import HFTokenizer
