@@ -25,7 +25,7 @@ import yaml
 
 from megatron import old_flags
 from megatron.config import MODEL_SIZES, Config, Count
-from megatron.errors import UserError
+from megatron.errors import CommandLineError, UserError
 
 SECTIONS: dict[str, type] = typing.get_type_hints(Config)
 """Section name -> dataclass, in the order of --help."""
@@ -285,7 +285,18 @@ def _recipe_entry(path: Path, key: str, value: str | list[str]) -> list[str]:
 
 
 def parse_config(parser: Parser, argv: Sequence[str]) -> tuple[Config, argparse.Namespace]:
-    """Parse recipes, then flags, into a frozen Config; the namespace holds the flags a tool added itself."""
+    """Parse recipes, then flags, into a frozen Config; the namespace holds the flags a tool added itself.
+
+    Raises:
+        CommandLineError: naming the flag, and the recipe where it stands in one.
+    """
+    try:
+        return _parse(parser, argv)
+    except UserError as error:
+        raise CommandLineError(str(error)) from None
+
+
+def _parse(parser: Parser, argv: Sequence[str]) -> tuple[Config, argparse.Namespace]:
     first = Parser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", action="append", default=[])
     recipes = first.parse_known_args(list(argv))[0].config

@@ -220,8 +220,9 @@ class TrainingConfig:
     """Overflows tolerated before the loss scale halves."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto takes the GPU where there is one."""
-    recompute_granularity: Literal["none", "full"] = "none"
-    """Activation checkpointing: full recomputes each block in the backward pass."""
+    recompute_granularity: Literal["none", "selective", "full"] = "none"
+    """Activation checkpointing: full recomputes each block in the backward pass, selective only what lies between its
+    matrix products."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile with dynamic shapes; auto compiles on a GPU, and runs eagerly on the CPU."""
     deterministic: bool = False
@@ -281,6 +282,40 @@ class TrainingConfig:
             return size
         budget = self.micro_batch_tokens or size * seq_length
         return max(1, budget // seqlen)
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Parallelism (under torchrun; one process needs none of it)"""
+
+    tensor_model_parallel_size: int = 1
+    """Ranks that share each layer (tp); must divide heads and the padded vocabulary. The others are data parallel (dp)."""
+    sequence_parallel: bool = False
+    """Also split what lies between the parallel layers, by tokens, over the tensor parallel ranks."""
+    zero_stage: int = 2
+    """What data parallel ranks share out: 0 nothing, 2 optimizer state and gradients, 3 the weights too."""
+    data_parallel_shard_size: int | None = None
+    """Hybrid sharding: share out over so many neighbouring ranks, a node's say, and replicate over the rest."""
+    optimizer_cpu_offload: bool = False
+    """Keep weights and optimizer state in the host's memory, and step there (GPU)."""
+    distributed_timeout_minutes: float = 10.0
+    """Minutes that ranks wait for one another before the run ends with an error."""
+
+    def __post_init__(self) -> None:
+        tp, shard = self.tensor_model_parallel_size, self.data_parallel_shard_size
+        require(tp >= 1, f"--tensor-model-parallel-size {tp} must be at least 1")
+        require(
+            self.zero_stage in (0, 2, 3),
+            f"--zero-stage {self.zero_stage}: expected 0, 2 or 3 (2 shares out what 1 would, and the gradients)",
+        )
+        require(not self.sequence_parallel or tp > 1, "--sequence-parallel needs --tensor-model-parallel-size above 1")
+        require(shard is None or shard >= 1, f"--data-parallel-shard-size {shard} must be at least 1")
+        require(
+            shard is None or self.zero_stage != 0,
+            f"--data-parallel-shard-size {shard} has no effect with --zero-stage 0, which shares out nothing",
+        )
+        minutes = self.distributed_timeout_minutes
+        require(minutes > 0, f"--distributed-timeout-minutes {minutes} must be positive")
 
 
 @dataclass(frozen=True)
@@ -473,6 +508,8 @@ class CheckpointConfig:
     """Save every so many tokens."""
     finetune: bool = False
     """Load weights only and start at step 0, in a new --save directory."""
+    async_save: bool = False
+    """Write checkpoints in the background while training goes on."""
     save_optim: bool = True
     """Save the optimizer state too; without it a checkpoint can be evaluated but not resumed."""
     load_optim: bool = True
@@ -524,6 +561,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     seqlen_warmup: SeqlenWarmupConfig = field(default_factory=SeqlenWarmupConfig)
     training: TrainingConfig = field(default_factory=lambda: TrainingConfig(train_tokens=1))
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     learning_rate: LearningRateConfig = field(default_factory=LearningRateConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -534,6 +572,12 @@ class Config:
 
     def __post_init__(self) -> None:
         self.seqlen_warmup.check(self.model.seq_length)
+        heads, tp = self.model.num_attention_heads, self.parallel.tensor_model_parallel_size
+        divisors = [str(n) for n in range(1, heads + 1) if heads % n == 0]
+        require(
+            heads % tp == 0,
+            f"--tensor-model-parallel-size {tp} must divide --num-attention-heads {heads}: use {', '.join(divisors)}",
+        )
         warmup = self.learning_rate.warmup(self.training)
         decay = self.learning_rate.decay(self.training)
         if self.learning_rate.lr_decay_style != "constant" and warmup.value:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -22,15 +23,32 @@ class UserError(Exception):
     """
 
 
+class CommandLineError(UserError):
+    """A fault in the command line, which every process of a node has been given alike."""
+
+
+class SharedError(UserError):
+    """What another rank has failed with and reports itself; this one only leaves."""
+
+
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Run `main` and leave with its status; what a user can mend becomes one line on stderr, without a traceback."""
+    """Run `main` and leave with its status; what a user can mend becomes one line on stderr, without a traceback.
+
+    Of several processes that torchrun started each names its rank, and none repeats what another says.
+    """
+    several = int(os.environ.get("WORLD_SIZE") or 1) > 1
+    who = f"[rank {os.environ.get('RANK')}] " if several else ""
     try:
         status = main()
+    except SharedError:
+        sys.exit(EXIT_FAILURE)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        repeated = isinstance(error, CommandLineError) and several and os.environ.get("LOCAL_RANK") != "0"
+        if not repeated:
+            print(f"error: {who}{error}", file=sys.stderr)
         sys.exit(EXIT_FAILURE)
     except MemoryError as error:
-        print(f"error: out of memory ({error}): make the model, the batch or the sequences smaller", file=sys.stderr)
+        print(f"error: {who}out of memory ({error}): make the model, the batch or the sequences smaller", file=sys.stderr)
         sys.exit(EXIT_FAILURE)
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)

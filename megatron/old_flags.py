@@ -16,6 +16,8 @@ ALIASES: dict[str, list[str]] = {
     "lr_warmup_tokens": ["--warmup-tokens"],
     "norm_epsilon": ["--layernorm-epsilon"],
     "min_loss_scale": ["--min-scale"],
+    "tensor_model_parallel_size": ["--model-parallel-size"],
+    "optimizer_cpu_offload": ["--cpu-optimizer"],
 }
 """Field -> old spellings with the same meaning."""
 
@@ -30,10 +32,10 @@ IGNORED: dict[str, tuple[int | str, str]] = {
     "--apply-query-key-layer-scaling": (0, "attention works in fp32 inside the kernel"),
     "--attention-softmax-in-fp32": (0, "attention works in fp32 inside the kernel"),
     "--fp16-lm-cross-entropy": (0, "the cross entropy is computed in fp32"),
-    "--local_rank": (1, "this version trains in one process"),
-    "--distributed-backend": (1, "this version trains in one process"),
-    "--cpu-optimizer": (0, "not needed on one machine"),
+    "--local_rank": (1, "torchrun says it in the environment"),
+    "--distributed-backend": (1, "NCCL serves GPUs, gloo the CPU"),
     "--fp32-allreduce": (0, "gradients are fp32"),
+    "--accumulate-allreduce-grads-in-fp32": (0, "gradients are fp32"),
 }
 """Flag -> (its arguments, why it does nothing here)."""
 
@@ -100,26 +102,10 @@ class _Ignore(argparse.Action):
         print(f"note: {flag} does nothing here: {IGNORED[flag][1]}", file=sys.stderr)
 
 
-class _OneDevice(argparse.Action):
-    """A flag of parallel training: its value for one device is accepted, any other refused."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: str | Sequence[Any] | None,
-        option_string: str | None = None,
-    ) -> None:
-        if values != self.const:
-            raise argparse.ArgumentError(self, f"this version trains on one device: only {self.const} is possible")
-
-
 def add_ignored(parser: argparse.ArgumentParser) -> None:
     """Add the old flags that need an action of their own, hidden from --help."""
     hidden: dict[str, Any] = {"help": argparse.SUPPRESS, "default": argparse.SUPPRESS, "dest": "_old"}
     full = {**hidden, "dest": "recompute_granularity"}
     parser.add_argument("--checkpoint-activations", action="store_const", const="full", **full)
-    for flag, one in (("--model-parallel-size", "1"), ("--tensor-model-parallel-size", "1"), ("--zero-stage", "0")):
-        parser.add_argument(flag, action=_OneDevice, const=one, **hidden)
     for flag, (arguments, _) in IGNORED.items():
         parser.add_argument(flag, action=_Ignore, nargs=arguments, **hidden)
