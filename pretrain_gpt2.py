@@ -14,9 +14,9 @@ from megatron.model.gpt2 import GPT2Model
 from megatron.training.pretrain import pretrain
 
 
-def model_provider(config: ModelConfig, vocab_size: int, recompute: bool) -> GPT2Model:
-    """The model, before its weights are initialised or loaded."""
-    return GPT2Model(config, vocab_size, recompute=recompute)
+def model_provider(config: ModelConfig, vocab_size: int) -> GPT2Model:
+    """The model, before its weights are shared out, initialised or loaded."""
+    return GPT2Model(config, vocab_size)
 
 
 def forward_step(model: GPT2Model, batch: Batch, seqlen: int) -> tuple[Tensor, Tensor | None]:

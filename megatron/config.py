@@ -289,7 +289,7 @@ class ParallelConfig:
     """Parallelism (under torchrun; one process needs none of it)"""
 
     tensor_model_parallel_size: int = 1
-    """Ranks that share each layer (tp); must divide heads and the padded vocabulary. The others are data parallel (dp)."""
+    """Ranks that share each layer (tp); must divide the heads and the padded vocabulary."""
     sequence_parallel: bool = False
     """Also split what lies between the parallel layers, by tokens, over the tensor parallel ranks."""
     zero_stage: int = 2

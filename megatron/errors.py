@@ -48,7 +48,9 @@ def run(main: Callable[[], int | None]) -> NoReturn:
             print(f"error: {who}{error}", file=sys.stderr)
         sys.exit(EXIT_FAILURE)
     except MemoryError as error:
-        print(f"error: {who}out of memory ({error}): make the model, the batch or the sequences smaller", file=sys.stderr)
+        print(
+            f"error: {who}out of memory ({error}): make the model, the batch or the sequences smaller", file=sys.stderr
+        )
         sys.exit(EXIT_FAILURE)
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)

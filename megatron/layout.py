@@ -58,7 +58,8 @@ def layout_of(config: Config, world_size: int) -> Layout:
     size = config.training.micro_batch_size
     require(
         size is None or batch // dp % size == 0,
-        f"--global-batch-size {batch} must be a multiple of --micro-batch-size {size} times the {dp} data parallel ranks",
+        f"--global-batch-size {batch} must be a multiple of --micro-batch-size {size} times the {dp} data parallel "
+        "ranks",
     )
     if parallel.zero_stage == 0:
         return Layout(replicate=dp, tp=tp)

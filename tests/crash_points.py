@@ -129,7 +129,7 @@ def value_of_newest(directory: Path) -> tuple[int, float] | None:
         return None
     checkpoint = load_checkpoint(path)
     value = checkpoint.state["value"]
-    whole = all(bool((tensor == value).all()) for tensor in checkpoint.tensors.values())
+    whole = all(bool((tensor == value).all()) for tensor in shards.read_tensors(path).values())
     if not whole or checkpoint.config_text != f"lr: {value}\n":
         raise SystemExit(f"a mixture under {path}")
     return checkpoint.iteration, value

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import random
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +86,13 @@ class Training:
             config_text="lr: 1e-2\n",
         )
 
-    def take(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        restore(self.model, self.optimizer, tensors)
+    def take(self, path: Path) -> None:
+        """Go on from the checkpoint `path`."""
+        checkpoint = load_checkpoint(path)
+        restore(self.model, self.optimizer, path)
+        self.take_state(checkpoint.state)
+
+    def take_state(self, state: dict[str, Any]) -> None:
         self.progress = Progress(**state["progress"])
         restore_rng(state["rng"])
 
@@ -97,8 +101,7 @@ def main(directory: Path, until: int) -> None:
     training = Training()
     latest = find_latest(directory)
     if latest is not None:
-        checkpoint = load_checkpoint(latest)
-        training.take(checkpoint.tensors, checkpoint.state)
+        training.take(latest)
     losses = training.run(until)
     training.save(directory)
     print(json.dumps(losses))

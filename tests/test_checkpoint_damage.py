@@ -18,6 +18,7 @@ from megatron.checkpointing import manifest as manifests
 from megatron.checkpointing.checkpoint import load_checkpoint, save_checkpoint
 from megatron.checkpointing.commit import LATEST, find_latest, reap_temporary
 from megatron.checkpointing.manifest import MANIFEST, FileEntry, Manifest, read_manifest
+from megatron.checkpointing.tensors import Piece, read_tensors, write_pieces
 from megatron.errors import UserError
 
 SHARD = "shard-00001-model-00001-of-00001.safetensors"
@@ -42,6 +43,11 @@ def newest(directory: Path) -> Path:
 def rewrite_manifest(path: Path, files: dict[str, FileEntry]) -> None:
     """Put a manifest into place that is sound but for what it says."""
     (path / MANIFEST).write_bytes(Manifest(10, files).to_bytes())
+
+
+def describe_again(path: Path) -> None:
+    """Make the manifest agree with files that were changed."""
+    rewrite_manifest(path, manifests.describe(path, [name for name in FILES if name != MANIFEST]))
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -139,6 +145,14 @@ def test_manifest_of_another_iteration_or_a_newer_format_is_refused(directory: P
         load_checkpoint(newest(directory))
 
 
+def test_tensor_with_a_missing_piece_is_refused(tmp_path: Path) -> None:
+    pieces = [Piece("x", (0, 0), torch.ones(2, 3)), Piece("x", (4, 0), torch.ones(2, 3))]
+    write_pieces(tmp_path, pieces[:1], 0)
+    write_pieces(tmp_path, pieces[1:], 1)
+    with pytest.raises(UserError, match="expected 18 values of x in its shards, found 12"):
+        read_tensors(tmp_path)
+
+
 def test_manifest_without_the_needed_files_is_refused(directory: Path) -> None:
     files = {name: entry for name, entry in read_manifest(newest(directory)).files.items() if name != "state.json"}
     rewrite_manifest(newest(directory), files)
@@ -148,9 +162,10 @@ def test_manifest_without_the_needed_files_is_refused(directory: Path) -> None:
 
 def test_shard_that_is_no_safetensors_file_is_refused(directory: Path) -> None:
     (newest(directory) / SHARD).write_bytes(b"\xff" * 64)
-    rewrite_manifest(newest(directory), manifests.describe(newest(directory), 10).files)
+    describe_again(newest(directory))
+    load_checkpoint(newest(directory))
     with pytest.raises(UserError, match=r"cannot read the tensors of .*iter_0000010"):
-        load_checkpoint(newest(directory))
+        read_tensors(newest(directory))
 
 
 class _Canary:
@@ -170,9 +185,9 @@ def test_no_pickle_is_ever_read(directory: Path) -> None:
     assert find_latest(directory) == newest(directory)
     assert load_checkpoint(newest(directory)).state == {"i": 10}
     (newest(directory) / SHARD).write_bytes(pickle.dumps(_Canary(sung)))
-    rewrite_manifest(newest(directory), manifests.describe(newest(directory), 10).files)
+    describe_again(newest(directory))
     with pytest.raises(UserError):
-        load_checkpoint(newest(directory))
+        read_tensors(newest(directory))
     assert not sung.exists()
     pickle.loads((newest(directory) / ".metadata").read_bytes())
     assert sung.exists(), "the canary must sing where a pickle is read"

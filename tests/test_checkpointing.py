@@ -15,13 +15,13 @@ import pytest
 import torch
 from small_training import SmallModel, Training
 from torch import Tensor, nn
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
 from megatron.checkpointing import tensors as shards
 from megatron.checkpointing.checkpoint import check_space, load_checkpoint, save_checkpoint
 from megatron.checkpointing.commit import LATEST, find_latest
 from megatron.checkpointing.rng import capture_rng, restore_rng
-from megatron.checkpointing.state import collect, load_into, restore
+from megatron.checkpointing.state import collect, restore
+from megatron.checkpointing.tensors import ALONE, own_pieces, read_tensors, write_pieces
 from megatron.errors import UserError
 
 N = 3
@@ -38,6 +38,13 @@ def bits(tensor: Tensor) -> tuple[object, ...]:
 
 def snapshot(training: Training) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in collect(training.model, training.optimizer).items()}
+
+
+def write(directory: Path, tensors: dict[str, Tensor]) -> Path:
+    """The shards of `tensors`, and nothing else."""
+    directory.mkdir(exist_ok=True)
+    write_pieces(directory, own_pieces(tensors, ALONE), 0)
+    return directory
 
 
 @pytest.fixture
@@ -58,24 +65,17 @@ def odd_tensors() -> dict[str, Tensor]:
 
 def test_tensors_come_back_bit_for_bit(tmp_path: Path, odd_tensors: dict[str, Tensor], monkeypatch) -> None:
     monkeypatch.setattr(shards, "FILE_BYTES", 64)
-    shards.write_tensors(tmp_path, odd_tensors)
+    write(tmp_path, odd_tensors)
     assert len(list(tmp_path.iterdir())) > 2
-    loaded = shards.read_tensors(tmp_path)
-    assert same(odd_tensors, loaded)
+    assert same(odd_tensors, read_tensors(tmp_path))
+    assert list(read_tensors(tmp_path, "un")) == []
+    assert list(read_tensors(tmp_path, "u")) == ["uint8"]
 
 
 def test_bfloat16_comes_back(tmp_path: Path) -> None:
     value = torch.randn(7).bfloat16()
-    shards.write_tensors(tmp_path, {"x": value})
-    assert torch.equal(shards.read_tensors(tmp_path)["x"].view(torch.int16), value.view(torch.int16))
-
-
-def test_stock_reader_of_dcp_reads_our_shards(tmp_path: Path, odd_tensors: dict[str, Tensor]) -> None:
-    shards.write_tensors(tmp_path, odd_tensors)
-    described = HuggingFaceStorageReader(str(tmp_path)).read_metadata().state_dict_metadata
-    assert {name: tuple(entry.size) for name, entry in described.items()} == {
-        name: tuple(tensor.shape) for name, tensor in odd_tensors.items()
-    }
+    write(tmp_path, {"x": value})
+    assert torch.equal(read_tensors(tmp_path)["x"].view(torch.int16), value.view(torch.int16))
 
 
 def test_checkpoint_is_plain_files_without_pickle(tmp_path: Path) -> None:
@@ -98,10 +98,11 @@ def test_round_trip_of_weights_moments_steps_and_generators(tmp_path: Path, fuse
     training = Training(fused=fused)
     training.run(N)
     before, drawn_from = snapshot(training), capture_rng()
-    checkpoint = load_checkpoint(training.save(tmp_path))
+    path = training.save(tmp_path)
+    checkpoint = load_checkpoint(path)
     other = Training(fused=fused)
     assert not same(before, snapshot(other))
-    other.take(checkpoint.tensors, checkpoint.state)
+    other.take(path)
     assert same(before, snapshot(other))
     assert capture_rng() == drawn_from
     assert checkpoint.iteration == N
@@ -114,9 +115,9 @@ def test_resumed_run_equals_straight_run(tmp_path: Path, fused: bool) -> None:
     expected = straight.run(2 * N)
     first = Training(fused=fused)
     assert first.run(N) == expected[:N]
-    checkpoint = load_checkpoint(first.save(tmp_path))
+    path = first.save(tmp_path)
     second = Training(fused=fused)
-    second.take(checkpoint.tensors, checkpoint.state)
+    second.take(path)
     assert second.run(2 * N) == expected[N:]
     assert same(snapshot(straight), snapshot(second))
     assert capture_rng() is not None and straight.progress == second.progress
@@ -147,11 +148,12 @@ FIELDS = ["python", "numpy", "torch", "progress", "exp_avg", "exp_avg_sq", "step
 def test_negative_control_each_field_left_out_changes_the_run(tmp_path: Path, field: str) -> None:
     first = Training()
     first.run(N)
-    checkpoint = load_checkpoint(first.save(tmp_path))
+    path = first.save(tmp_path)
     expected = first.run(2 * N)
     second = Training()
     fresh_tensors, fresh_state = snapshot(second), second.state()
-    tensors, state = dict(checkpoint.tensors), copy.deepcopy(checkpoint.state)
+    second.take(path)
+    tensors, state = collect(second.model, second.optimizer), copy.deepcopy(load_checkpoint(path).state)
     if field in ("python", "numpy", "torch"):
         state["rng"][field] = fresh_state["rng"][field]
     elif field == "progress":
@@ -159,8 +161,9 @@ def test_negative_control_each_field_left_out_changes_the_run(tmp_path: Path, fi
     else:
         chosen = [n for n in tensors if n.endswith("." + field) or n.startswith(field + ".")]
         assert chosen
-        tensors |= {name: fresh_tensors[name] for name in chosen}
-    second.take(tensors, state)
+        for name in chosen:
+            tensors[name].copy_(fresh_tensors[name])
+    second.take_state(state)
     assert second.run(2 * N)[-N:] != expected
 
 
@@ -168,8 +171,7 @@ def test_tied_weight_is_stored_once_and_stays_tied(tmp_path: Path) -> None:
     training = Training()
     names = collect(training.model, training.optimizer)
     assert "model.embedding.weight" in names and "model.head.weight" not in names
-    checkpoint = load_checkpoint(training.save(tmp_path))
-    restore(training.model, training.optimizer, checkpoint.tensors)
+    restore(training.model, training.optimizer, training.save(tmp_path))
     assert training.model.head.weight is training.model.embedding.weight
 
 
@@ -193,37 +195,37 @@ def test_names_do_not_depend_on_which_parameters_had_gradients() -> None:
     assert "optim.unused.exp_avg_sq" in before
 
 
-def test_restored_zeros_act_like_an_optimizer_without_state() -> None:
+def test_restored_zeros_act_like_an_optimizer_without_state(tmp_path: Path) -> None:
     plain, restored = Training(fused=True), Training(fused=True)
-    tensors, state = snapshot(restored), restored.state()
-    restored.take(tensors, state)
+    state = restored.state()
+    restored.take(restored.save(tmp_path))
     losses = restored.run(N)
     restore_rng(state["rng"])
     assert plain.run(N) == losses
 
 
-def test_weights_alone_can_be_loaded() -> None:
+def test_weights_alone_can_be_loaded(tmp_path: Path) -> None:
     trained, fresh = Training(), SmallModel()
     trained.run(1)
-    restore(fresh, None, collect(trained.model, trained.optimizer))
+    restore(fresh, None, trained.save(tmp_path))
     assert same(collect(fresh), collect(trained.model))
 
 
-def test_weights_without_optimizer_state_are_refused_for_a_resume() -> None:
+def test_weights_without_optimizer_state_are_refused_for_a_resume(tmp_path: Path) -> None:
     training = Training()
     with pytest.raises(UserError, match=r"18 missing: optim.*saved without optimizer state"):
-        restore(training.model, training.optimizer, collect(training.model))
+        restore(training.model, training.optimizer, write(tmp_path, collect(training.model)))
 
 
-def test_mismatches_are_listed_and_nothing_is_changed() -> None:
-    destination = {"a": torch.zeros(2), "b": torch.zeros(3), "c": torch.zeros(1), "d": torch.zeros(1)}
-    loaded = {"a": torch.ones(2), "b": torch.ones(4), "d": torch.ones(1).double(), "z": torch.ones(1)}
+def test_mismatches_are_listed_and_nothing_is_changed(tmp_path: Path) -> None:
+    destination = nn.ParameterDict({name: torch.zeros(size) for name, size in (("a", 2), ("b", 3), ("c", 1), ("d", 1))})
+    saved = {"a": torch.ones(2), "b": torch.ones(4), "d": torch.ones(1).double(), "z": torch.ones(1)}
     with pytest.raises(UserError) as caught:
-        load_into(destination, loaded)
+        restore(destination, None, write(tmp_path, {f"model.{name}": tensor for name, tensor in saved.items()}))
     message = str(caught.value)
-    assert "1 missing: c" in message and "1 unexpected: z" in message
-    assert "b (expected (3,) float32, found (4,) float32)" in message
-    assert "d (expected (1,) float32, found (1,) float64)" in message
+    assert "1 missing: model.c" in message and "1 unexpected: model.z" in message
+    assert "model.b (expected (3,) float32, found (4,) float32)" in message
+    assert "model.d (expected (1,) float32, found (1,) float64)" in message
     assert destination["a"].sum() == 0
 
 
@@ -264,7 +266,8 @@ def test_saving_the_same_state_again_keeps_what_is_there(tmp_path: Path) -> None
     training.run(1)
     training.progress.iteration = 0
     training.save(tmp_path)
-    assert same(load_checkpoint(path).tensors, snapshot(training))
+    load_checkpoint(path)
+    assert same(read_tensors(path), snapshot(training))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["iter_0000000", LATEST]
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -188,6 +190,53 @@ class TestCache:
             found = list(pool.map(lambda _: read(dataset(corpus, cache_dir=str(tmp_path)), range(5)), range(4)))
         assert builds == [0]
         assert all(samples == found[0] for samples in found)
+
+    @pytest.fixture()
+    def holder(self, tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+        """A process that has the lock of `tmp_path` until it is killed."""
+        program = (
+            "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.flock(f, 2); print(flush=True); sys.stdin.read()"
+        )
+        command = [sys.executable, "-c", program, str(tmp_path / ".lock")]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            yield process
+            process.kill()
+
+    def test_waiting_for_another_process_is_said_once(
+        self,
+        holder: subprocess.Popen[bytes],
+        corpus: CorpusInMemory,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        monkeypatch.setattr(index_cache, "NOTICE_SECONDS", 0.2)
+        timer = threading.Timer(0.6, holder.kill)
+        timer.start()
+        with caplog.at_level(logging.WARNING):
+            assert read(dataset(corpus, cache_dir=str(tmp_path)), range(5)) == read(dataset(corpus), range(5))
+        assert not timer.is_alive(), "it did not wait"
+        assert caplog.messages == [f"{tmp_path}: waiting for another process that builds a sample index there"]
+
+    def test_waiting_for_another_process_has_an_end(
+        self, holder: subprocess.Popen[bytes], corpus: CorpusInMemory, tmp_path: Path, builds: list[int]
+    ) -> None:
+        with pytest.raises(UserError, match=rf"^{tmp_path}/\.lock: another process .* --distributed-timeout-minutes"):
+            read(dataset(corpus, cache_dir=str(tmp_path), timeout=0.2), range(5))
+        assert builds == []
+        assert holder.poll() is None
+
+    def test_without_locks_everyone_builds(
+        self, corpus: CorpusInMemory, tmp_path: Path, builds: list[int], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def missing(*_: object) -> None:
+            raise OSError(errno.ENOLCK, "No locks available")
+
+        monkeypatch.setattr(index_cache.fcntl, "flock", missing)
+        read(dataset(corpus, cache_dir=str(tmp_path)), range(5))
+        assert builds == [0]
 
     def test_directory_that_cannot_be_written(self, corpus: CorpusInMemory, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")

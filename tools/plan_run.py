@@ -1,4 +1,4 @@
-"""Print a run before it starts, from its schedules alone: tools/plan_run.py --config RECIPE [flags]"""
+"""Print a run before it starts, and its memory a GPU, from its flags alone: tools/plan_run.py --config RECIPE [flags]"""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron.arguments import build_parser, parse_config, parse_count
 from megatron.errors import run
-from megatron.model.plan import plan_table, plan_totals
+from megatron.model.plan import memory_table, plan_memory, plan_table, plan_totals
 
 
 def main() -> None:
@@ -20,9 +20,15 @@ def main() -> None:
     group = parser.add_argument_group("Planner")
     group.add_argument("--json", action="store_true", help="print one JSON object")
     group.add_argument("--at", type=parse_count, metavar="N", help="the progress after N iterations, not at the end")
+    group.add_argument("--world-size", type=parse_count, default=1, metavar="N", help="number of GPUs [1]")
+    group.add_argument("--gpu-memory", type=float, metavar="GB", help="say whether the run fits in this much a GPU")
     config, arguments = parse_config(parser, sys.argv[1:])
     totals = plan_totals(config, at=arguments.at)
-    print(json.dumps(totals) if arguments.json else plan_table(config, totals))
+    memory = plan_memory(config, arguments.world_size, arguments.gpu_memory)
+    if arguments.json:
+        print(json.dumps(totals | {"memory": memory}))
+    else:
+        print(plan_table(config, totals), memory_table(memory), sep="\n\n")
 
 
 if __name__ == "__main__":

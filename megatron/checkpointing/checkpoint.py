@@ -1,5 +1,8 @@
 """Save and load a whole checkpoint: tensors, a JSON of everything else, the configuration it was made with.
 
+One road for one process and for many: every rank writes its pieces of the tensors, and rank 0 the rest, the manifest
+and the name. A fault on any rank is a fault on all.
+
 Retention is to build on `find_latest`'s order and `delete_checkpoint`, after a save has returned.
 """
 
@@ -8,10 +11,11 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron.checkpointing.commit import (
@@ -21,8 +25,16 @@ from megatron.checkpointing.commit import (
     publish,
     temporary_directory,
 )
-from megatron.checkpointing.manifest import Manifest, check_digests, write_manifest
-from megatron.checkpointing.tensors import read_tensors, write_tensors
+from megatron.checkpointing.manifest import (
+    FileEntry,
+    Manifest,
+    check_digests,
+    check_sizes,
+    describe,
+    write_manifest,
+)
+from megatron.checkpointing.tensors import ALONE, Piece, own_pieces, write_pieces
+from megatron.distributed.world import World
 from megatron.errors import UserError
 from megatron.files import file_errors, write_durable
 
@@ -32,12 +44,10 @@ CONFIG = "config.yaml"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint in memory."""
+    """A checkpoint on the disk that was found whole, without its tensors: `restore` reads those into their place."""
 
     path: Path
     iteration: int
-    tensors: dict[str, Tensor]
-    """Name -> whole tensor on the CPU."""
     state: dict[str, Any]
     """What the trainer gave: progress, random states, versions, fingerprints."""
     config_text: str
@@ -51,49 +61,84 @@ def save_checkpoint(
     tensors: Mapping[str, Tensor],
     state: Mapping[str, Any],
     config_text: str,
+    world: World = ALONE,
 ) -> Path:
-    """Save to `directory`/iter_NNNNNNN and return that path: on the disk, whole, when this returns.
+    """Save to `directory`/iter_NNNNNNN and return that path: on the disk, whole, when this returns. All ranks call it.
 
-    `state` must be writable as JSON (inf and nan are; tuples come back as lists). Raises UserError, such as for
+    `tensors` may be plain, alike on all ranks, or DTensors; `state` and `config_text` are rank 0's. `state` must be
+    writable as JSON (inf and nan are; tuples come back as lists). Raises UserError, on every rank, such as for
     a full disk: what was written is deleted, and the checkpoints that were there are still there. Raises TypeError
     or ValueError for a `state` that JSON cannot hold, before anything is written.
     """
-    directory = Path(directory)
-    state_text = json.dumps(state, indent=1) + "\n"
-    temporary = temporary_directory(directory, iteration)
-    final = directory / directory_name(iteration)
-    try:
-        write_tensors(temporary, tensors)
-        for name, text in ((STATE, state_text), (CONFIG, config_text)):
-            with file_errors("write", temporary / name):
-                write_durable(temporary / name, text.encode())
-        write_manifest(temporary, iteration)
+    texts = {STATE: to_text(state), CONFIG: config_text}
+    return write_checkpoint(Path(directory), iteration, own_pieces(tensors, world), texts, world, world.control)
+
+
+def to_text(state: Mapping[str, Any]) -> str:
+    """`state` as it is written. Raises TypeError or ValueError for what JSON cannot hold."""
+    return json.dumps(state, indent=1) + "\n"
+
+
+def write_checkpoint(
+    directory: Path,
+    iteration: int,
+    pieces: list[Piece],
+    texts: Mapping[str, str],
+    world: World,
+    group: dist.ProcessGroup | None,
+) -> Path:
+    """`save_checkpoint` of this rank's `pieces` and of text files by name, the ranks agreeing over `group`."""
+    name = world.on_main(lambda: temporary_directory(directory, iteration).name, group)
+    temporary, final = directory / name, directory / directory_name(iteration)
+
+    def write_shards() -> dict[str, FileEntry]:
+        return describe(temporary, write_pieces(temporary, pieces, world.rank))
+
+    def commit() -> None:
+        for file, text in texts.items():
+            with file_errors("write", temporary / file):
+                write_durable(temporary / file, text.encode())
+        files = {n: FileEntry(**entry) for rank in shards for n, entry in rank.items()} | describe(temporary, texts)
+        manifest = Manifest(iteration, files)
+        check_sizes(temporary, manifest)
+        write_manifest(temporary, manifest)
         publish(temporary, final)
+
+    try:
+        written = world.everywhere(write_shards, group)
+        shards = world.gather({n: asdict(entry) for n, entry in written.items()}, group)
+        world.on_main(commit, group)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if world.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
         raise
     return final
 
 
-def load_checkpoint(path: Path, *, verify: bool = True) -> Checkpoint:
-    """Load the checkpoint `path`, checking the sizes and, with `verify`, the digest of every file before use.
+def load_checkpoint(path: Path, *, world: World = ALONE, verify: bool = True) -> Checkpoint:
+    """Check the checkpoint `path` and read all of it but the tensors. All ranks call it.
 
-    Raises UserError that names the damaged file, what was expected and found, and an older checkpoint to use.
+    Every rank checks the sizes of the files and, with `verify`, the digests of its share of them. Raises UserError,
+    on every rank, that names the damaged file, what was expected and found, and an older checkpoint to use.
     """
     path = Path(path)
-    try:
-        manifest = open_manifest(path)
-        if verify:
-            check_digests(path, manifest)
-        _require_files(path, manifest)
-        state = json.loads(_read_text(path / STATE))
-        config_text = _read_text(path / CONFIG)
-        tensors = read_tensors(path)
-    except (UserError, ValueError, RecursionError) as error:
-        older = older_than(path)
-        advice = f"go on from the older checkpoint {older}" if older else "there is no older whole checkpoint beside it"
-        raise UserError(f"{error}; {advice}") from error
-    return Checkpoint(path, manifest.iteration, tensors, state, config_text)
+
+    def load() -> Checkpoint:
+        try:
+            manifest = open_manifest(path)
+            if verify:
+                by_size = sorted(manifest.files.items(), key=lambda item: (-item[1].size, item[0]))
+                check_digests(path, dict(by_size[world.rank :: world.size]))
+            _require_files(path, manifest)
+            return Checkpoint(path, manifest.iteration, json.loads(_read_text(path / STATE)), _read_text(path / CONFIG))
+        except (UserError, ValueError, RecursionError) as error:
+            older = older_than(path)
+            advice = (
+                f"go on from the older checkpoint {older}" if older else "there is no older whole checkpoint beside it"
+            )
+            raise UserError(f"{error}; {advice}") from error
+
+    return world.everywhere(load)
 
 
 def check_space(directory: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -22,6 +22,8 @@ from megatron.checkpointing.manifest import MANIFEST, Manifest, check_digests, c
 from megatron.errors import UserError
 from megatron.files import commit_directory, file_errors, fsync_directory, fsync_tree, write_atomic
 
+CHECKPOINTS = "checkpoints"
+"""Folder of the checkpoints in a run's directory."""
 LATEST = "latest"
 _NAME = re.compile(r"iter_(\d{7,})(?:\.(tmp|old)-[0-9a-f]+)?")
 _LEFTOVER = re.compile(rf"\.{LATEST}\.tmp-[0-9a-f]+")
@@ -32,6 +34,12 @@ Report = Callable[[str], None]
 def directory_name(iteration: int) -> str:
     """The final name of the checkpoint of `iteration`."""
     return f"iter_{iteration:07d}"
+
+
+def checkpoints_in(directory: Path) -> Path:
+    """The checkpoints of the run `directory`, or `directory` itself where it is no run but what one looks for there."""
+    inner = directory / CHECKPOINTS
+    return inner if inner.is_dir() else directory
 
 
 def temporary_directory(directory: Path, iteration: int) -> Path:
@@ -190,7 +198,7 @@ def _same(temporary: Path, final: Path) -> bool:
         manifest = open_manifest(final)
         if manifest != read_manifest(temporary):
             return False
-        check_digests(final, manifest)
+        check_digests(final, manifest.files)
     except UserError:
         return False
     return True

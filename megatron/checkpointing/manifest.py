@@ -11,6 +11,7 @@ import json
 import os
 import stat
 import zlib
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -53,19 +54,17 @@ class Manifest:
         return (json.dumps({**body, "crc32": digest}, indent=1) + "\n").encode()
 
 
-def describe(directory: Path, iteration: int) -> Manifest:
-    """The manifest of the files that are in `directory` now."""
-    names = sorted(entry.name for entry in os.scandir(directory) if entry.name != MANIFEST)
-    digests = _digests(directory, names)
-    return Manifest(iteration, {name: FileEntry(os.stat(directory / name).st_size, digests[name]) for name in names})
+def describe(directory: Path, names: Iterable[str]) -> dict[str, FileEntry]:
+    """Size and digest of the files `names` of `directory`, as they are now. Raises UserError."""
+    digests = _digests(directory, list(names))
+    with file_errors("read", directory):
+        return {name: FileEntry(os.stat(directory / name).st_size, digest) for name, digest in digests.items()}
 
 
-def write_manifest(directory: Path, iteration: int) -> Manifest:
-    """Describe every file in `directory` in its manifest.json and bring that to the disk."""
-    manifest = describe(directory, iteration)
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Bring `manifest` to the disk as `directory`'s manifest.json."""
     with file_errors("write", directory / MANIFEST):
         write_durable(directory / MANIFEST, manifest.to_bytes())
-    return manifest
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -115,10 +114,10 @@ def check_sizes(directory: Path, manifest: Manifest) -> None:
             raise UserError(f"{path}: not in the checkpoint's manifest; take it away")
 
 
-def check_digests(directory: Path, manifest: Manifest) -> None:
-    """Raise UserError unless the content of every file is what was written. Reads everything."""
-    digests = _digests(directory, list(manifest.files))
-    for name, entry in manifest.files.items():
+def check_digests(directory: Path, files: Mapping[str, FileEntry]) -> None:
+    """Raise UserError unless the content of each of `files` is what was written. Reads all of them."""
+    digests = _digests(directory, list(files))
+    for name, entry in files.items():
         if digests[name] != entry.crc32:
             raise UserError(
                 f"{directory / name}: damaged, expected crc32 {entry.crc32} over {entry.size:,} bytes, "

@@ -1,4 +1,8 @@
-"""The state of every random number generator that training may draw from, as plain JSON values."""
+"""The state of every random number generator that training may draw from, as plain JSON values.
+
+These are one process's own. A checkpoint's `state` is the same on every rank, so of many ranks the trainer gathers
+theirs, saves all of them, and each restores its own.
+"""
 
 from __future__ import annotations
 

@@ -1,17 +1,22 @@
 """Model and optimizer as one flat table of named tensors, and back, bit for bit.
 
 `model.<name>` is a parameter or a persistent buffer, `optim.<name>.<exp_avg|exp_avg_sq|step>` what AdamW remembers
-of it. A tied weight is one parameter and stands here once.
+of it. A tied weight is one parameter and stands here once. Where ranks share the model, all but `step` and buffers are
+DTensors, and the table has the same names and whole shapes on every rank.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
 
+from megatron.checkpointing.tensors import ALONE, read_into, stored_tensors
+from megatron.distributed.world import World
 from megatron.errors import UserError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -30,33 +35,39 @@ def collect(model: nn.Module, optimizer: Optimizer | None = None) -> dict[str, T
     return _table(model, optimizer)[0]
 
 
-def restore(model: nn.Module, optimizer: Optimizer | None, tensors: Mapping[str, Tensor]) -> None:
-    """Copy `tensors`, as `collect` gave them, into the model and its AdamW, which may be freshly built.
+def restore(model: nn.Module, optimizer: Optimizer | None, path: Path, *, world: World = ALONE) -> None:
+    """Read the tensors of the checkpoint `path` into the model and its AdamW, which may be freshly built.
 
-    With `optimizer` None the `optim.` entries are left aside. Raises UserError, before anything is changed,
-    that lists the names which are missing, unexpected or of another shape or type.
+    All ranks call it, each reading what it has a part of; the layout that the checkpoint was saved in does not matter.
+    With `optimizer` None the `optim.` entries are left aside. Raises UserError on every rank, before anything is
+    changed, that lists the names which are missing, unexpected or of another shape or type.
     """
     table, fresh = _table(model, optimizer)
-    if optimizer is None:
-        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("optim.")}
-    load_into(table, tensors)
+
+    def check() -> None:
+        stored = stored_tensors(path)
+        if optimizer is None:
+            stored = {name: entry for name, entry in stored.items() if not name.startswith("optim.")}
+        require_fit(table, stored)
+
+    world.everywhere(check)
+    world.everywhere(lambda: read_into(path, table))
     if optimizer is not None:
         for parameter, state in fresh.items():
             optimizer.state[parameter] = state
 
 
-def load_into(destination: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> None:
-    """Copy each of `loaded` into the tensor of the same name, in place.
-
-    Raises UserError, before anything is changed, unless names, shapes and types agree exactly.
-    """
-    missing = [name for name in destination if name not in loaded]
-    unexpected = [name for name in loaded if name not in destination]
-    mismatched = [
-        f"{name} (expected {_describe(tensor)}, found {_describe(loaded[name])})"
-        for name, tensor in destination.items()
-        if name in loaded and (tensor.shape != loaded[name].shape or tensor.dtype != loaded[name].dtype)
-    ]
+def require_fit(destination: Mapping[str, Tensor], stored: Mapping[str, TensorStorageMetadata]) -> None:
+    """Raise UserError unless names, shapes and types of what is stored are exactly those of `destination`."""
+    missing = [name for name in destination if name not in stored]
+    unexpected = [name for name in stored if name not in destination]
+    mismatched = []
+    for name, tensor in destination.items():
+        if name in stored:
+            expected = _describe(tensor.shape, tensor.dtype)
+            found = _describe(stored[name].size, stored[name].properties.dtype)
+            if expected != found:
+                mismatched.append(f"{name} (expected {expected}, found {found})")
     faults = [
         f"{len(names)} {kind}: {', '.join(names[:_LISTED])}{', ...' if len(names) > _LISTED else ''}"
         for kind, names in (("missing", missing), ("unexpected", unexpected), ("mismatched", mismatched))
@@ -67,9 +78,6 @@ def load_into(destination: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -
         if missing and all(name.startswith("optim.") for name in missing) and not unexpected:
             hint = " (saved without optimizer state? --no-load-optim or --finetune loads the weights only)"
         raise UserError(f"the checkpoint does not fit the model: {'; '.join(faults)}{hint}; check the model's flags")
-    with torch.no_grad():
-        for name, tensor in destination.items():
-            tensor.copy_(loaded[name])
 
 
 def _table(
@@ -110,5 +118,5 @@ def _plain(name: str) -> str:
     return name
 
 
-def _describe(tensor: Tensor) -> str:
-    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+def _describe(shape: torch.Size, dtype: torch.dtype) -> str:
+    return f"{tuple(shape)} {str(dtype).removeprefix('torch.')}"

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from megatron.config import DataConfig
 from megatron.data.blending import BlendedDataset, parse_data_path
 from megatron.data.gpt2_dataset import Dataset, GPT2Dataset
+from megatron.data.index_cache import LOCK_SECONDS
 from megatron.data.indexed_dataset import IndexedDataset
 from megatron.data.sample_index import order_version
 from megatron.data.splits import NAMES, split_documents
@@ -32,10 +33,13 @@ class Datasets:
     """Tokens of all corpora in training, validation and test."""
 
 
-def build_datasets(config: DataConfig, *, seq_length: int, seed: int, vocab_size: int) -> Datasets:
+def build_datasets(
+    config: DataConfig, *, seq_length: int, seed: int, vocab_size: int, timeout: float = LOCK_SECONDS
+) -> Datasets:
     """The datasets of a run; documents are split corpus by corpus, so that none is in two splits.
 
-    `vocab_size` is the tokenizer's, before padding. Raises UserError where a corpus is missing or damaged, holds
+    `vocab_size` is the tokenizer's, before padding; `timeout` are the seconds to wait, at any time of the run, for
+    another process that builds the same sample index. Raises UserError where a corpus is missing or damaged, holds
     a token id that the tokenizer does not have, or is too small for one training sample.
     """
     weighted = parse_data_path(config.data_path)
@@ -54,7 +58,13 @@ def build_datasets(config: DataConfig, *, seq_length: int, seed: int, vocab_size
             tokens += int(corpus.document_lengths[documents.start : documents.stop].sum())
             try:
                 dataset = GPT2Dataset(
-                    corpus, documents, seq_length=seq_length, seed=seed, cache_dir=config.data_cache_path, name=name
+                    corpus,
+                    documents,
+                    seq_length=seq_length,
+                    seed=seed,
+                    cache_dir=config.data_cache_path,
+                    name=name,
+                    timeout=timeout,
                 )
             except UserError as error:
                 if name == "train":

@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron.data.index_cache import CACHE_FROM, IndexKey, load_or_build
+from megatron.data.index_cache import CACHE_FROM, LOCK_SECONDS, IndexKey, load_or_build
 from megatron.data.sample_index import Int64Array, SampleIndex, build_sample_index, count_samples, require_sample
 
 EPOCHS_KEPT = 2
@@ -69,10 +69,19 @@ class GPT2Dataset:
     """
 
     def __init__(
-        self, indexed: Corpus, documents: range, *, seq_length: int, seed: int, cache_dir: str | None, name: str
+        self,
+        indexed: Corpus,
+        documents: range,
+        *,
+        seq_length: int,
+        seed: int,
+        cache_dir: str | None,
+        name: str,
+        timeout: float = LOCK_SECONDS,
     ) -> None:
         """`name` (such as "train") marks cache files and messages. `cache_dir` None means `index-cache` beside the
-        corpus, used where the index is large (`CACHE_FROM`); a directory given is always used.
+        corpus, used where the index is large (`CACHE_FROM`); a directory given is always used. `timeout`: seconds
+        to wait there for another process that builds an index.
 
         Raises UserError where the documents do not hold one sample.
         """
@@ -81,6 +90,7 @@ class GPT2Dataset:
         self.seq_length = seq_length
         self.seed = seed
         self.name = name
+        self._timeout = timeout
         window = slice(documents.start, documents.stop)
         self._lengths = np.asarray(indexed.document_lengths[window], dtype=np.int64)
         self._starts = np.asarray(indexed.document_starts[window], dtype=np.int64)
@@ -140,7 +150,7 @@ class GPT2Dataset:
             return build()
         key = IndexKey(self.indexed.fingerprint, self.documents, self.seq_length, self.seed, epoch)
         name = f"{Path(self.indexed.prefix).name}-{self.name}-epoch{epoch}"
-        return load_or_build(self._cache_dir, key, self.num_tokens, build, name)
+        return load_or_build(self._cache_dir, key, self.num_tokens, build, name, timeout=self._timeout)
 
     def _pieces(self, index: SampleIndex, samples: Int64Array) -> tuple[Int64Array, Int64Array, Int64Array]:
         """The pieces of the samples numbered `samples` within an epoch, one after the other.

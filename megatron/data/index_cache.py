@@ -14,9 +14,11 @@ import json
 import logging
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 
@@ -26,6 +28,11 @@ from megatron.errors import UserError
 FORMAT_VERSION = 1
 CACHE_FROM = 2**20
 """Documents + samples from which an index is cached unasked. Below, building takes under 0.2 s, as reading does."""
+LOCK_SECONDS = 600.0
+"""How long a process waits, unless told otherwise, for another one that builds an index in the same directory."""
+NOTICE_SECONDS = 5.0
+"""After how long it says so."""
+POLL_SECONDS = 0.1
 
 logger = logging.getLogger(__name__)
 
@@ -50,13 +57,20 @@ class IndexKey:
 
 
 def load_or_build(
-    directory: Path, key: IndexKey, num_tokens: int, build: Callable[[], SampleIndex], name: str
+    directory: Path,
+    key: IndexKey,
+    num_tokens: int,
+    build: Callable[[], SampleIndex],
+    name: str,
+    *,
+    timeout: float = LOCK_SECONDS,
 ) -> SampleIndex:
     """The index of `key` out of `directory`, mapped read-only; built and saved first where it is not there.
 
     `num_tokens` are the tokens of the split: with the key they give the size of the file. `name` goes into the
     file's name, for people who look into the directory. Of several processes on a machine one builds, the others
-    wait for it. Raises UserError that names --data-cache-path where the directory cannot be written.
+    wait for it, `timeout` seconds at most. Raises UserError that names the lock where it takes longer, and
+    --data-cache-path where the directory cannot be written.
     """
     path = directory / f"{name}-{key.digest()}.npy"
     sizes = (len(key.documents), count_samples(num_tokens, key.seq_length))
@@ -65,7 +79,7 @@ def load_or_build(
         return found
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with _locked(directory):
+        with _locked(directory, timeout):
             found = _load(path, *sizes)
             if found is not None:
                 return found
@@ -131,12 +145,33 @@ def _save(path: Path, index: SampleIndex) -> None:
 
 
 @contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Hold the directory's lock, which the system gives back when its holder dies.
+def _locked(directory: Path, timeout: float) -> Iterator[None]:
+    """Hold the directory's lock, which the system gives back when its holder dies; raises UserError after `timeout`.
 
     Where the file system has no locks everyone builds: slower, and as right, since files come by renames.
     """
     with (directory / ".lock").open("a") as file:
-        with contextlib.suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
+        start, said = time.monotonic(), False
+        while not _lock(file):
+            waited = time.monotonic() - start
+            if waited > timeout:
+                raise UserError(
+                    f"{file.name}: another process has been building a sample index for over {timeout:.0f} s: if it is "
+                    "at work, raise --distributed-timeout-minutes; delete nothing, the lock goes when its holder does"
+                )
+            if waited > NOTICE_SECONDS and not said:
+                logger.warning("%s: waiting for another process that builds a sample index there", directory)
+                said = True
+            time.sleep(POLL_SECONDS)
         yield
+
+
+def _lock(file: TextIO) -> bool:
+    """Take the lock, if no other process holds it; True also where there are no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True

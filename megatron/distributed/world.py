@@ -66,13 +66,17 @@ class World:
             dist.all_reduce(values, op=dist.ReduceOp.MAX)
         return values
 
+    def total(self, value: int) -> int:
+        """The sum of a number on the host over all ranks."""
+        if self.size == 1:
+            return value
+        summed = torch.tensor([value])
+        dist.all_reduce(summed, group=self.control)
+        return int(summed.item())
+
     def any(self, flag: bool) -> bool:
         """Whether `flag` holds on some rank."""
-        if self.size == 1:
-            return flag
-        value = torch.tensor([int(flag)])
-        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.control)
-        return bool(value.item())
+        return self.total(int(flag)) > 0
 
     def gather(self, value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
         """`value` of every rank, in their order, on every rank; JSON values only. `group`: in place of `control`."""
@@ -107,5 +111,11 @@ class World:
 
     def on_main(self, function: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
         """Run `function` on rank 0 alone and return its result, a JSON value, on every rank; as `everywhere`."""
-        result = self.everywhere(lambda: function() if self.is_main else None, group)
-        return result if self.size == 1 else self.gather(result, group)[0]
+        if self.size == 1:
+            return function()
+        result: T = self.gather(self.everywhere(lambda: function() if self.is_main else None, group), group)[0]
+        return result
+
+    def fault(self, message: str) -> UserError:
+        """What to raise for a fault that all ranks have found alike, so that one of them reports it."""
+        return UserError(message) if self.is_main else SharedError(message)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from megatron.config import OptimizerConfig
 
@@ -46,17 +48,38 @@ def gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
     return [p.grad for p in parameters if p.grad is not None]
 
 
-def scale_and_clip(grads: list[Tensor], *, loss_scale: float, max_norm: float) -> Tensor:
+def squared_norm(tensors: list[Tensor]) -> Tensor:
+    """This rank's summand of the squared l2 norm of all `tensors`, which may be spread over ranks: float64 scalar."""
+    parts = []
+    for copies, locals_ in local_parts(tensors):
+        norms = torch.stack(torch._foreach_norm(locals_)).double()
+        parts.append(norms.square().sum() / copies)
+    return torch.stack(parts).sum()
+
+
+def scale_and_clip(grads: list[Tensor], norm: Tensor, *, loss_scale: float, max_norm: float) -> None:
     """Divide gradients by `loss_scale` and limit their global l2 norm to `max_norm` (0: no limit), in place.
 
-    Returns:
-        The norm before clipping, after unscaling: a scalar on the gradients' device. Where it is not finite the
-        gradients are of no use, and the caller skips the step.
+    `norm` is what it is before clipping, after unscaling. Where it is not finite the gradients are of no use, and the
+    caller skips the step.
     """
-    norm = torch.nn.utils.get_total_norm(grads, foreach=True) / loss_scale
     factor = torch.full_like(norm, 1.0 / loss_scale)
     if max_norm > 0:
         factor = factor * torch.clamp(max_norm / (norm + 1e-6), max=1.0)
     if max_norm > 0 or loss_scale != 1.0:
-        torch._foreach_mul_(grads, factor)
-    return norm
+        for _, locals_ in local_parts(grads):
+            torch._foreach_mul_(locals_, factor.to(locals_[0]))
+
+
+def local_parts(tensors: Iterable[Tensor]) -> list[tuple[int, list[Tensor]]]:
+    """The local tensors, empty ones left out, in lists by the number of ranks that hold a copy of each."""
+    lists: dict[int, list[Tensor]] = {1: []}
+    for tensor in tensors:
+        copies, local = 1, tensor
+        if isinstance(tensor, DTensor):
+            sizes = zip(tensor.device_mesh.shape, tensor.placements, strict=True)
+            copies = math.prod(size for size, placement in sizes if placement.is_replicate())
+            local = tensor.to_local()
+        if local.numel():
+            lists.setdefault(copies, []).append(local)
+    return [(copies, group) for copies, group in lists.items() if group]

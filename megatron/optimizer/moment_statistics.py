@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron.distributed.world import World
+from megatron.optimizer.adamw import local_parts
+
 CHUNK_ELEMENTS = 1 << 26
 """Square roots of so many elements are held at a time (256 MB)."""
 
@@ -24,35 +27,33 @@ class MomentStatistics:
     """l1 norm of the momentum m_t."""
 
 
-def moment_statistics(optimizer: torch.optim.AdamW) -> MomentStatistics | None:
-    """Norms of the moments as they stand; None before the first step (Sections 3 and A.2.2 of the paper)."""
+def moment_statistics(optimizer: torch.optim.AdamW, world: World) -> MomentStatistics | None:
+    """Norms of the moments as they stand, of all ranks; None before the first step (Sections 3, A.2.2 of the paper)."""
     states = [s for s in optimizer.state.values() if "exp_avg_sq" in s]
     if not states:
         return None
-    variance_norm: list[Tensor] = []
-    variance_max: list[Tensor] = []
-    momentum_norm: list[Tensor] = []
-    for chunk in _chunks(states):
-        roots = torch._foreach_sqrt([s["exp_avg_sq"] for s in chunk])
-        variance_norm += torch._foreach_norm(roots, 1)
-        variance_max += torch._foreach_max(roots)
-        momentum_norm += torch._foreach_norm([s["exp_avg"] for s in chunk], 1)
-    totals = torch.stack(
-        [torch.stack(variance_norm).double().sum(), torch.stack(variance_max).double().max(),
-         torch.stack(momentum_norm).double().sum()]
-    ).tolist()  # fmt: skip
-    return MomentStatistics(*totals)
+    device = world.device
+    sums = torch.zeros(2, dtype=torch.float64, device=device)  # variance, momentum
+    largest = torch.zeros((), dtype=torch.float64, device=device)
+    for copies, variances in local_parts(s["exp_avg_sq"] for s in states):
+        for chunk in _chunks(variances):
+            roots = torch._foreach_sqrt(chunk)
+            sums[0] += torch.stack(torch._foreach_norm(roots, 1)).double().sum().to(device) / copies
+            largest = torch.maximum(largest, torch.stack(torch._foreach_max(roots)).double().max().to(device))
+    for copies, momenta in local_parts(s["exp_avg"] for s in states):
+        sums[1] += torch.stack(torch._foreach_norm(momenta, 1)).double().sum().to(device) / copies
+    variance_norm, momentum_norm, variance_max = torch.cat([world.sum(sums), world.max(largest).reshape(1)]).tolist()
+    return MomentStatistics(variance_norm, variance_max, momentum_norm)
 
 
-def _chunks(states: list[dict[str, Tensor]]) -> Iterator[list[dict[str, Tensor]]]:
-    """States in groups of at most CHUNK_ELEMENTS elements, at least one each."""
-    chunk: list[dict[str, Tensor]] = []
+def _chunks(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Tensors in groups of at most CHUNK_ELEMENTS elements, at least one each."""
+    chunk: list[Tensor] = []
     elements = 0
-    for state in states:
-        size = state["exp_avg_sq"].numel()
-        if chunk and elements + size > CHUNK_ELEMENTS:
+    for tensor in tensors:
+        if chunk and elements + tensor.numel() > CHUNK_ELEMENTS:
             yield chunk
             chunk, elements = [], 0
-        chunk.append(state)
-        elements += size
+        chunk.append(tensor)
+        elements += tensor.numel()
     yield chunk

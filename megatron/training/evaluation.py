@@ -12,6 +12,9 @@ import torch
 from megatron.config import TrainingConfig
 from megatron.data.batch import Batch
 from megatron.data.gpt2_dataset import Dataset
+from megatron.data.sampler import share
+from megatron.distributed.parallelize import reshard
+from megatron.distributed.world import World
 from megatron.instability.loss_ratio import bucket_name, position_buckets
 from megatron.model.gpt2 import GPT2Model
 from megatron.training.step import ForwardStep, PositionLosses, autocast
@@ -53,30 +56,39 @@ def evaluate(
     *,
     samples: int,
     training: TrainingConfig,
+    world: World,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> EvaluationResult | None:
     """Mean loss over the first `samples` samples of `dataset` (all of it where it holds fewer), at full length.
 
+    Each sample is read by one data parallel rank; all run equally many forward passes, the last perhaps for nothing.
+
     Returns:
-        None where `interrupted`, asked before every forward pass, says so: a stop need not wait for the rest.
+        None where `interrupted` on some rank, asked before every forward pass, says so: a stop need not wait for the
+        rest.
     """
     samples = min(samples, dataset.num_samples_per_epoch)
     seq_length = dataset.seq_length
     chunk = training.micro_batch_sequences(seq_length, seq_length)
-    position_losses = PositionLosses(seq_length, model.device)
+    own = share(samples, world.dp_rank, world.layout.dp)
+    passes = math.ceil(math.ceil(samples / world.layout.dp) / chunk)
+    position_losses = PositionLosses(seq_length, world.device)
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad(), autocast(training, model.device):
-            for first in range(0, samples, chunk):
-                if interrupted():
+        with torch.no_grad(), autocast(training, world.device):
+            for number in range(passes):
+                if world.any(interrupted()):
                     return None
-                numbers = np.arange(first, min(first + chunk, samples), dtype=np.int64)
-                losses, mask = forward_step(model, make_batch(dataset.samples(numbers)), seq_length)
-                position_losses.add(losses, mask)
+                numbers = np.array(own[number * chunk : (number + 1) * chunk], dtype=np.int64)
+                samples_read = dataset.samples(numbers if len(numbers) else np.zeros(1, dtype=np.int64))
+                losses, mask = forward_step(model, make_batch(samples_read), seq_length)
+                if len(numbers):
+                    position_losses.add(losses, mask)
     finally:
         model.train(was_training)
-    sums, counts, _ = position_losses.collect()
+        reshard(model)
+    sums, counts, _ = position_losses.by_bucket(position_losses.totals(world).cpu())
     names = [bucket_name(bucket) for bucket in position_buckets(seq_length)]
     tokens = sum(counts)
     return EvaluationResult(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import Any
 import numpy as np
 
 from megatron.arguments import to_yaml
-from megatron.checkpointing.checkpoint import check_space, load_checkpoint, save_checkpoint
+from megatron.checkpointing.checkpoint import check_space, load_checkpoint
 from megatron.checkpointing.commit import damaged_checkpoints, find_latest, reap_temporary, set_aside_newer
+from megatron.checkpointing.rng import capture_rng, restore_rng
+from megatron.checkpointing.saver import Saver
 from megatron.checkpointing.state import collect, restore
 from megatron.config import CheckpointConfig, Config
 from megatron.console import ProgressLine, format_count
@@ -20,18 +23,23 @@ from megatron.data.blending import parse_data_path
 from megatron.data.datasets import Datasets, build_datasets
 from megatron.data.gpt2_dataset import Dataset
 from megatron.data.sampler import SampleLoader
+from megatron.distributed.launch import connect, under_torchrun
+from megatron.distributed.parallelize import place
+from megatron.distributed.watch import Watch
+from megatron.distributed.world import World
 from megatron.errors import EXIT_FINISHED, EXIT_STOPPED, UserError
-from megatron.files import write_atomic
+from megatron.files import file_errors, write_atomic
 from megatron.metrics import METRICS_FILE, MetricsLogger
 from megatron.model.flops import parameter_count
+from megatron.model.initialisation import initialise
 from megatron.optimizer.moment_statistics import MomentStatistics, moment_statistics
 from megatron.pacing.plan import Schedules, StepPlan, plan_run
 from megatron.progress import Duration, Progress
 from megatron.training.evaluation import evaluate
 from megatron.training.setup import (
     ModelProvider,
+    Vocabulary,
     build_state,
-    choose_device,
     find_vocabulary,
     seed_generators,
 )
@@ -41,42 +49,85 @@ from megatron.training.stop import StopRequest
 
 CHECKPOINTS = "checkpoints"
 """Folder of the checkpoints below --save."""
+EXIT_FILE = "exit.json"
+"""How a run that ended in order did: {"status": "finished" or "stopped", "iteration", "reason"}. Launchers read it."""
+OTHER_RANK = "a signal to another rank"
 
 
 def pretrain(config: Config, model_provider: ModelProvider, forward_step: ForwardStep) -> int:
-    """Train as `config` says, from scratch or from the newest checkpoint below --load.
+    """Train as `config` says, from scratch or from the newest checkpoint below --load, with the ranks of torchrun.
 
     Returns:
-        EXIT_FINISHED, or EXIT_STOPPED where a signal or --exit-interval ended it with its state saved.
+        EXIT_FINISHED, or EXIT_STOPPED where a signal or --exit-interval ended it with its state saved; under torchrun,
+        which would take that for a crash, EXIT_FINISHED for both. SAVE/exit.json says which.
     """
-    check_homes(config.checkpoint)
-    device = choose_device(config.training)
-    seed_generators(config.training.seed)
-    vocabulary = find_vocabulary(config.tokenizer, [prefix for _, prefix in parse_data_path(config.data.data_path)])
-    datasets = build_datasets(
-        config.data, seq_length=config.model.seq_length, seed=config.training.seed, vocab_size=vocabulary.size
-    )
+    with connect(config) as (world, watch):
+        status = _pretrain(config, world, watch, model_provider, forward_step)
+    return EXIT_FINISHED if under_torchrun() else status
+
+
+def _pretrain(
+    config: Config, world: World, watch: Watch, model_provider: ModelProvider, forward_step: ForwardStep
+) -> int:
+    world.on_main(lambda: check_homes(config.checkpoint))
+    seed_generators(config.training.seed, world, config.parallel)
+    watch.at("opening the data")
+    with watch.patient():
+        vocabulary, datasets = world.everywhere(lambda: open_data(config))
     settings = guarded_settings(config, data=datasets.fingerprint, tokenizer=vocabulary.fingerprint)
     name = Path(config.checkpoint.save).name if config.checkpoint.save else "pretrain"
+    log = config.logging
     with (
-        ProgressLine(name, target_tokens=target_tokens(config), log_interval=config.logging.log_interval) as console,
+        ProgressLine(
+            name, target_tokens=target_tokens(config), log_interval=log.log_interval, silent=not world.is_main
+        ) as console,
         StopRequest() as stop,
     ):
-        state = build_state(config, vocabulary.size, device, model_provider, console.message)
-        resume(state, config.checkpoint, settings, console)
-        home = open_home(config, state, console)
-        console.message(describe(config, datasets, vocabulary.size, str(device), state.progress))
+        source = find_checkpoint(config.checkpoint, world, console)
+        watch.at("building the model")
+        state = world.everywhere(lambda: build_state(config, vocabulary.size, world, model_provider, console.message))
+        if source is None:
+            initialise(state.model, config.training.seed, place)
+        else:
+            watch.at("loading the checkpoint")
+            resume(state, source, config, settings, world, console)
+        world.on_main(lambda: open_home(config, state, console))
+        console.message(describe(config, datasets, vocabulary.size, world, state.progress))
+        home = Path(config.checkpoint.save) if config.checkpoint.save is not None and world.is_main else None
         with (
             MetricsLogger(
-                home, tensorboard=config.logging.tensorboard, tensorboard_dir=config.logging.tensorboard_dir
+                home,
+                tensorboard=log.tensorboard and world.is_main,
+                tensorboard_dir=log.tensorboard_dir,
             ) as metrics,
             SampleLoader(datasets.train, config.data.num_workers) as loader,
+            Saver(
+                Path(config.checkpoint.save or "") / CHECKPOINTS,
+                world,
+                background=config.checkpoint.async_save,
+                report=console.message,
+            ) as saver,
         ):
-            metrics.truncate_to(state.progress.iteration, consumed_tokens=state.progress.consumed_tokens)
-            run = Run(
-                config, state, datasets, vocabulary.eod, loader, metrics, console, forward_step, settings, home, stop
+            world.on_main(
+                lambda: metrics.truncate_to(state.progress.iteration, consumed_tokens=state.progress.consumed_tokens)
             )
+            run = Run(
+                config, state, datasets, vocabulary.eod, loader, metrics, console, saver, forward_step, settings,
+                world, watch, stop,
+            )  # fmt: skip
             return run.train()
+
+
+def open_data(config: Config) -> tuple[Vocabulary, Datasets]:
+    """The vocabulary and the datasets that `config` names."""
+    vocabulary = find_vocabulary(config.tokenizer, [prefix for _, prefix in parse_data_path(config.data.data_path)])
+    datasets = build_datasets(
+        config.data,
+        seq_length=config.model.seq_length,
+        seed=config.training.seed,
+        vocab_size=vocabulary.size,
+    )
+    return vocabulary, datasets
 
 
 class Run:
@@ -91,9 +142,11 @@ class Run:
         loader: SampleLoader,
         metrics: MetricsLogger,
         console: ProgressLine,
+        saver: Saver,
         forward_step: ForwardStep,
         settings: dict[str, Any],
-        home: Path | None,
+        world: World,
+        watch: Watch,
         stop: StopRequest,
     ) -> None:
         self.config = config
@@ -104,20 +157,22 @@ class Run:
         self._loader = loader
         self._metrics = metrics
         self._console = console
+        self._saver = saver
         self._forward_step = forward_step
         self._settings = settings
-        self._home = home
+        self._world = world
+        self._watch = watch
         self._stop = stop
-        self._train_step = TrainStep(
-            state.model, state.optimizer, state.scaler, forward_step, config.training, config.optimizer
-        )
+        self._stop_asked = False
+        """Some rank has been asked to stop, and all know."""
+        self._train_step = TrainStep(state.model, state.optimizer, state.scaler, forward_step, config, world)
         self._started = time.monotonic() - state.elapsed_seconds
         self._saved_iteration: int | None = None
 
     def train(self) -> int:
         """Step until a limit is reached or a stop is asked for."""
         schedules, progress = self.schedules, self.state.progress
-        if self.state.model.device.type == "cuda" and not schedules.finished(progress):
+        if self._world.device.type == "cuda" and not schedules.finished(progress):
             self._train_step.reserve_memory(self._largest_batch())
         if self.state.validation_due:
             self._validate()
@@ -139,40 +194,57 @@ class Run:
         """Save the end of the run, then evaluate what the log does not hold yet: a rerun completes what was cut off."""
         self._console.print_last()
         self.save()
-        done = self._metrics.events_at(self.state.progress.iteration)
+        done = self._world.on_main(lambda: sorted(self._metrics.events_at(self.state.progress.iteration)))
         if "validation" not in done:
             self._evaluate(self._datasets.validation, "validation")
         if self.config.evaluation.test and "test" not in done:
             self._evaluate(self._datasets.test, "test")
-        return self._stopped(self._stop.reason) if self._stop.reason else EXIT_FINISHED
+        if self._world.any(self._stop.reason is not None):
+            return self._stopped(self._stop.reason or OTHER_RANK)
+        self._leave("finished", None)
+        return EXIT_FINISHED
 
     def _stopped(self, reason: str) -> int:
         """Say that and where the run was stopped."""
         self._console.print_last()
-        saved = f"saved at step {self.state.progress.iteration:,}" if self._home else "nothing saved: no --save"
+        kept = self.config.checkpoint.save is not None
+        self._leave("stopped", reason)
+        saved = f"saved at step {self.state.progress.iteration:,}" if kept else "nothing saved: no --save"
         self._console.message(f"stopped by {reason}; {saved}; start again with --load to go on")
         return EXIT_STOPPED
+
+    def _leave(self, status: str, reason: str | None) -> None:
+        """Note in SAVE/exit.json that, and how, the run has ended in order, when all of it is on the disk."""
+        self._watch.at("the last save")
+        self._saver.wait()
+        if self.config.checkpoint.save is not None:
+            entry = {"status": status, "iteration": self.state.progress.iteration, "reason": reason}
+            marker = Path(self.config.checkpoint.save) / EXIT_FILE
+            self._world.on_main(lambda: write_atomic(marker, json.dumps(entry) + "\n"))
 
     def step(self, plan: StepPlan) -> None:
         """One optimizer step, counted and logged."""
         state = self.state
         progress = state.progress
+        self._watch.at(f"step {progress.iteration + 1:,}")
         started = time.monotonic()
-        samples = self._loader.batch(progress.consumed_samples, plan.global_batch_size)
-        self._loader.prefetch(progress.consumed_samples + plan.global_batch_size, plan.global_batch_size)
+        batch, ranks = plan.global_batch_size, (self._world.dp_rank, self._world.layout.dp)
+        samples = self._loader.batch(progress.consumed_samples, batch, *ranks)
+        self._loader.prefetch(progress.consumed_samples + batch, batch, *ranks)
         try:
-            result = self._train_step(self._batch(samples), plan)
+            result = self._train_step(self._batch(samples), plan, stop_asked=self._stop.reason is not None)
         except NonFiniteError as error:
-            first, last = progress.consumed_samples, progress.consumed_samples + plan.global_batch_size - 1
-            raise UserError(
+            first, last = progress.consumed_samples, progress.consumed_samples + batch - 1
+            raise self._world.fault(
                 f"step {progress.iteration + 1:,}: {error} on samples {first:,} to {last:,} (sequence length "
                 f"{plan.seqlen}, lr {plan.lr:.3g}); nothing was updated. Lower --lr, lengthen the warmups, or go "
                 "back to a checkpoint"
             ) from None
+        self._stop_asked = result.stop_asked
         self.schedules.advance(progress, plan)
         interval = self.config.optimizer.moment_statistics_interval
         due = interval > 0 and progress.iteration % interval == 0
-        moments = moment_statistics(state.optimizer) if due else None
+        moments = moment_statistics(state.optimizer, self._world) if due else None
         seconds = time.monotonic() - started
         state.training_seconds += seconds
         self._log(plan, result, moments, seconds)
@@ -214,6 +286,7 @@ class Run:
         """Loss at full length, logged; nothing where there is no such split. False where a stop cut it short."""
         if dataset is None:
             return True
+        self._watch.at(f"{event} after step {self.state.progress.iteration:,}")
         result = evaluate(
             self.state.model,
             self._forward_step,
@@ -221,7 +294,8 @@ class Run:
             self._batch,
             samples=self.config.evaluation.eval_iters * self.config.training.global_batch_size,
             training=self.config.training,
-            interrupted=lambda: self._stop.reason is not None,
+            world=self._world,
+            interrupted=self._interrupted,
         )
         if result is None:
             return False
@@ -242,24 +316,29 @@ class Run:
         """Save a checkpoint of this step, unless there is one or no --save was given."""
         state, checkpoint = self.state, self.config.checkpoint
         iteration = state.progress.iteration
-        if self._home is None or self._saved_iteration == iteration:
+        if checkpoint.save is None or self._saved_iteration == iteration:
             return
+        self._watch.at(f"saving step {iteration:,}")
         state.elapsed_seconds = self._elapsed()
-        path = save_checkpoint(
-            self._home / CHECKPOINTS,
+        rng = self._world.gather(capture_rng()) if checkpoint.save_rng else None
+        self._saver.save(
             iteration=iteration,
             tensors=collect(state.model, state.optimizer if checkpoint.save_optim else None),
-            state=state.to_dict(self._settings, rng=checkpoint.save_rng),
+            state=state.to_dict(self._settings, layout=layout_name(self.config, self._world), rng=rng),
             config_text=to_yaml(self.config),
         )
         self._saved_iteration = iteration
-        self._console.message(f"saved {path}")
 
     def _stop_reason(self) -> str | None:
         interval = self.config.training.exit_interval
-        if self._stop.reason is None and interval and self.state.progress.iteration % interval == 0:
+        if not self._stop_asked and interval and self.state.progress.iteration % interval == 0:
             return f"--exit-interval {interval}"
-        return self._stop.reason
+        return (self._stop.reason or OTHER_RANK) if self._stop_asked else None
+
+    def _interrupted(self) -> bool:
+        """Whether a validation is to be cut short on this rank; one forward pass of it is some progress."""
+        self._watch.at("validation")
+        return self._stop.reason is not None
 
     def _largest_batch(self) -> Batch:
         """A full-length step of zeros, with the masks that this run uses."""
@@ -314,15 +393,18 @@ def continues(config: CheckpointConfig) -> bool:
     return load == home or home / CHECKPOINTS in (load, load.parent)
 
 
-def resume(state: TrainState, config: CheckpointConfig, settings: dict[str, Any], console: ProgressLine) -> None:
-    """Take over the newest checkpoint below --load, or the one that it names."""
+def find_checkpoint(config: CheckpointConfig, world: World, console: ProgressLine) -> Path | None:
+    """The newest checkpoint below --load, or the one that it names; None where the run starts from scratch."""
     if config.load is None:
-        return
+        return None
     directory = Path(config.load)
     if (directory / CHECKPOINTS).is_dir():
         directory = directory / CHECKPOINTS
-    path = find_latest(directory, console.message) if directory.is_dir() else None
-    if path is None:
+
+    def find() -> str | None:
+        path = find_latest(directory, console.message) if directory.is_dir() else None
+        if path is not None:
+            return str(path)
         if not continues(config):
             raise UserError(f"--load {config.load}: no checkpoint found there; give the run's directory or drop --load")
         if damaged := damaged_checkpoints(directory):
@@ -331,35 +413,62 @@ def resume(state: TrainState, config: CheckpointConfig, settings: dict[str, Any]
                 "repair one, or move the directory away to start from scratch"
             )
         console.message(f"--load {config.load}: no checkpoint yet, starting from scratch")
-        return
-    checkpoint = load_checkpoint(path)
-    guarded = {n: v for n, v in settings.items() if n in NEEDED_BY_WEIGHTS} if config.finetune else settings
-    for line in check_settings(checkpoint.state["settings"], guarded, config.override, str(path)):
+        return None
+
+    found = world.on_main(find)
+    return None if found is None else Path(found)
+
+
+def resume(
+    state: TrainState, path: Path, config: Config, settings: dict[str, Any], world: World, console: ProgressLine
+) -> None:
+    """Take over the checkpoint `path`, by whatever layout it was saved."""
+    options = config.checkpoint
+    checkpoint = load_checkpoint(path, world=world)
+    guarded = {n: v for n, v in settings.items() if n in NEEDED_BY_WEIGHTS} if options.finetune else settings
+    for line in world.everywhere(
+        lambda: check_settings(checkpoint.state["settings"], guarded, options.override, str(path))
+    ):
         console.message(f"--override {line}")
-    weights_only = config.finetune or not config.load_optim
-    restore(state.model, None if weights_only else state.optimizer, checkpoint.tensors)
-    if config.finetune:
+    weights_only = options.finetune or not options.load_optim
+    restore(state.model, None if weights_only else state.optimizer, path, world=world)
+    if options.finetune:
         console.message(f"weights of {path}")
         return
-    state.load_dict(checkpoint.state, rng=config.load_rng)
+    state.load_dict(checkpoint.state)
+    saved, now = checkpoint.state["layout"], layout_name(config, world)
     console.message(f"resumed from {path}: step {checkpoint.iteration:,}")
+    if saved != now:
+        console.message(
+            f"saved as {saved}, now {now}: the state is resharded; the order of the data is the same, rounding and "
+            "dropout are not: not bit for bit"
+        )
+    generators = checkpoint.state["rng"] if options.load_rng else None
+    if generators is not None and saved == now:
+        restore_rng(generators[world.rank])  # last: nothing may draw after it
 
 
-def open_home(config: Config, state: TrainState, console: ProgressLine) -> Path | None:
-    """The run's directory, with its config.yaml; None where no --save is given.
+def layout_name(config: Config, world: World) -> str:
+    """What of the layout decides the last bits of a step."""
+    return f"{world.layout}{' sequence parallel' if config.parallel.sequence_parallel else ''}"
+
+
+def open_home(config: Config, state: TrainState, console: ProgressLine) -> None:
+    """Make the run's directory ready, if --save names one, and write its config.yaml.
 
     Raises:
         UserError: where it cannot take a checkpoint.
     """
     if config.checkpoint.save is None:
-        return None
+        return
     home = Path(config.checkpoint.save)
     directory = home / CHECKPOINTS
     reap_temporary(directory, console.message)
     set_aside_newer(directory, state.progress.iteration, console.message)
     check_space(directory, collect(state.model, state.optimizer if config.checkpoint.save_optim else None))
+    with file_errors("delete", home / EXIT_FILE):
+        (home / EXIT_FILE).unlink(missing_ok=True)
     write_atomic(home / "config.yaml", to_yaml(config))
-    return home
 
 
 def target_tokens(config: Config) -> int | None:
@@ -380,7 +489,7 @@ def warnings(config: Config) -> list[str]:
     return notes
 
 
-def describe(config: Config, datasets: Datasets, vocab_size: int, device: str, progress: Progress) -> str:
+def describe(config: Config, datasets: Datasets, vocab_size: int, world: World, progress: Progress) -> str:
     """What is about to happen, in a few lines."""
     warmup = config.seqlen_warmup
     pacing: str = warmup.seqlen_warmup
@@ -391,13 +500,16 @@ def describe(config: Config, datasets: Datasets, vocab_size: int, device: str, p
         pacing += f" {warmup.seqlen_stages}"
     parameters = parameter_count(config.model, vocab_size)
     per_epoch = datasets.train.num_samples_per_epoch
+    ranks = str(world.device.type)
+    if world.size > 1:
+        ranks = f"{world.size} x {ranks} ({layout_name(config, world)}, ZeRO {config.parallel.zero_stage})"
     lines = [
         f"model      {config.model.num_layers} layers, hidden {config.model.hidden_size}, "
         f"{config.model.num_attention_heads} heads, {format_count(parameters)} parameters, vocabulary {vocab_size:,}",
         f"data       {datasets.num_tokens[0]:,} training tokens, {per_epoch:,} samples an epoch",
         f"length     {config.model.seq_length}, sequence length warmup: {pacing}",
-        f"batch      {config.training.global_batch_size} sequences a step, on {device}, "
-        f"from step {progress.iteration + 1:,}",
+        f"batch      {config.training.global_batch_size} sequences a step, on {ranks}, from step "
+        f"{progress.iteration + 1:,}",
         *(f"note       {note}" for note in [*datasets.notes, *warnings(config)]),
     ]
     return "\n".join(lines)

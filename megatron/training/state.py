@@ -10,7 +10,6 @@ import torch
 
 import megatron
 from megatron.arguments import flat
-from megatron.checkpointing.rng import capture_rng, restore_rng
 from megatron.config import (
     Config,
     LearningRateConfig,
@@ -51,8 +50,8 @@ class TrainState:
     elapsed_seconds: float = 0.0
     """Wall time of the whole run up to the last checkpoint, evaluation and saving included."""
 
-    def to_dict(self, settings: dict[str, Any], *, rng: bool) -> dict[str, Any]:
-        """Everything but the tensors, as JSON values."""
+    def to_dict(self, settings: dict[str, Any], *, layout: str, rng: list[dict[str, Any]] | None) -> dict[str, Any]:
+        """Everything but the tensors, as JSON values; `rng` are the generators of all ranks, in their order."""
         return {
             "progress": self.progress.to_dict(),
             "loss_scaler": self.scaler.state_dict(),
@@ -61,7 +60,8 @@ class TrainState:
             "validation_due": self.validation_due,
             "training_seconds": self.training_seconds,
             "elapsed_seconds": self.elapsed_seconds,
-            "rng": capture_rng() if rng else None,
+            "layout": layout,
+            "rng": rng,
             "settings": settings,
             "versions": {
                 "megatron": megatron.__version__,
@@ -70,8 +70,8 @@ class TrainState:
             },
         }
 
-    def load_dict(self, state: dict[str, Any], *, rng: bool) -> None:
-        """Take over `to_dict`'s values. The generators come last: nothing may draw after them."""
+    def load_dict(self, state: dict[str, Any]) -> None:
+        """Take over `to_dict`'s values; the generators are left to the caller, who knows the rank."""
         self.progress = Progress(**state["progress"])
         self.scaler.load_state_dict(state["loss_scaler"])
         self.loss_ratio.load_state_dict(state["loss_ratio"])
@@ -79,8 +79,6 @@ class TrainState:
         self.validation_due = state["validation_due"]
         self.training_seconds = state["training_seconds"]
         self.elapsed_seconds = state["elapsed_seconds"]
-        if rng and state["rng"] is not None:
-            restore_rng(state["rng"])
 
 
 def guarded_settings(config: Config, *, data: str, tokenizer: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""One optimizer step: forward and backward over micro-batches, clip, update."""
+"""One optimizer step: forward and backward over micro-batches, clip, update; one exchange of numbers between ranks."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron.config import OptimizerConfig, TrainingConfig
+from megatron.config import Config, TrainingConfig
 from megatron.data.batch import Batch
+from megatron.distributed.parallelize import before_backward
+from megatron.distributed.world import World
 from megatron.errors import UserError
 from megatron.instability.loss_ratio import position_buckets
 from megatron.model.gpt2 import GPT2Model
-from megatron.optimizer.adamw import gradients, scale_and_clip, set_learning_rate
+from megatron.optimizer.adamw import gradients, scale_and_clip, set_learning_rate, squared_norm
 from megatron.optimizer.loss_scale import LossScaler
 from megatron.pacing.plan import StepPlan
 
@@ -40,23 +42,26 @@ class PositionLosses:
         self._sums[1, :seqlen] += losses.shape[0] if mask is None else mask.sum(0)
         return by_position.sum()
 
-    def collect(self, extra: Tensor | None = None) -> tuple[list[float], list[float], list[float]]:
-        """Loss sums and token counts by bucket, up to the last one that holds a token, and the values of `extra`.
+    def totals(self, world: World, *extra: Tensor) -> Tensor:
+        """Loss sums and token counts by position, then `extra` scalars, summed over all ranks: float64, on the device.
 
-        Waits for the device once.
+        Ranks that share the layers of one model have the same losses, of which those of one count.
         """
-        flat = self._sums.flatten().double()
-        values = flat if extra is None else torch.cat([flat, extra.flatten().double()])
-        host = values.cpu()
+        own = self._sums.flatten().double() * (world.tp_rank == 0)
+        return world.sum(torch.cat([own, *(value.reshape(1).double() for value in extra)]))
+
+    def by_bucket(self, totals: Tensor) -> tuple[list[float], list[float], list[float]]:
+        """`totals`, on the host, as loss sums and token counts by bucket up to the last that holds a token, and the
+        values of `extra`."""
         seq_length = self._sums.shape[1]
-        sums, counts = host[:seq_length], host[seq_length : 2 * seq_length]
+        sums, counts = totals[:seq_length], totals[seq_length : 2 * seq_length]
         positions = counts.nonzero()
         end = int(positions[-1]) + 1 if len(positions) else 0
         reached = [(a, b) for a, b in self._buckets if a < end]
         return (
             [float(sums[a:b].sum()) for a, b in reached],
             [float(counts[a:b].sum()) for a, b in reached],
-            host[2 * seq_length :].tolist(),
+            totals[2 * seq_length :].tolist(),
         )
 
 
@@ -76,6 +81,8 @@ class StepResult:
     skipped: bool
     """The gradient overflowed under fp16: nothing was updated."""
     loss_scale: float
+    stop_asked: bool
+    """Some rank has been asked to stop."""
 
 
 class NonFiniteError(UserError):
@@ -91,34 +98,42 @@ class TrainStep:
         optimizer: torch.optim.AdamW,
         scaler: LossScaler,
         forward_step: ForwardStep,
-        training: TrainingConfig,
-        optimizer_config: OptimizerConfig,
+        config: Config,
+        world: World,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
         self.scaler = scaler
+        self.world = world
         self._forward_step = forward_step
-        self._training = training
-        self._max_norm = optimizer_config.clip_grad
+        self._training = config.training
+        self._parallel = config.parallel
+        self._max_norm = config.optimizer.clip_grad
 
-    def __call__(self, batch: Batch, step: StepPlan) -> StepResult:
-        """Train on `batch` (full length, on the host) as `step` says.
+    def __call__(self, batch: Batch, step: StepPlan, *, stop_asked: bool = False) -> StepResult:
+        """Train on `batch`, this rank's share of the step (full length, on the host), as `step` says.
 
         The loss of each micro-batch is its sum over tokens divided by the tokens of the whole step, so that the
-        gradient does not depend on how the step was cut.
+        gradient does not depend on how the step was cut or spread over ranks.
 
         Raises:
-            NonFiniteError: before anything is updated.
+            NonFiniteError: before anything is updated, on every rank.
         """
+        loss_scale = self.scaler.scale
         position_losses = self._backward(batch, step.seqlen)
         grads = gradients(self.model.parameters())
-        norm = scale_and_clip(grads, loss_scale=self.scaler.scale, max_norm=self._max_norm)
-        bucket_losses, bucket_tokens, (grad_norm,) = position_losses.collect(norm)
+        squares = squared_norm(grads).to(self.world.device)
+        asked = torch.full_like(squares, float(stop_asked))
+        totals = position_losses.totals(self.world, squares, asked)
+        norm = totals[-2].sqrt() / loss_scale
+        scale_and_clip(grads, norm, loss_scale=loss_scale, max_norm=self._max_norm)
+        totals[-2] = norm
+        # The only place where the host waits for the device.
+        bucket_losses, bucket_tokens, (grad_norm, asking) = position_losses.by_bucket(totals.cpu())
         if not sum(bucket_tokens):
             raise NonFiniteError("no loss: every prediction of the step is masked")
         loss = sum(bucket_losses) / sum(bucket_tokens)
         finite = math.isfinite(grad_norm)
-        loss_scale = self.scaler.scale
         # The loss is not scaled: where it is not finite, no smaller scale will help.
         if not math.isfinite(loss) or not (finite or self.scaler.can_shrink):
             self.optimizer.zero_grad(set_to_none=True)
@@ -136,26 +151,34 @@ class TrainStep:
             clipped=finite and 0 < self._max_norm < grad_norm,
             skipped=not finite,
             loss_scale=loss_scale,
+            stop_asked=asking > 0,
         )
 
     def _backward(self, batch: Batch, seqlen: int) -> PositionLosses:
         """Accumulate the gradients of all micro-batches."""
         self.model.train()
-        total = max(batch.loss_tokens(seqlen), 1)
-        position_losses = PositionLosses(batch.seqlen, self.model.device)
-        for micro_batch in batch.split(self._training.micro_batch_sequences(seqlen, batch.seqlen)):
-            with autocast(self._training, self.model.device):
+        total = max(self._loss_tokens(batch, seqlen), 1)
+        position_losses = PositionLosses(batch.seqlen, self.world.device)
+        micro_batches = list(batch.split(self._training.micro_batch_sequences(seqlen, batch.seqlen)))
+        for number, micro_batch in enumerate(micro_batches, start=1):
+            before_backward(self.model, self._parallel, last=number == len(micro_batches))
+            with autocast(self._training, self.world.device):
                 losses, mask = self._forward_step(self.model, micro_batch, seqlen)
             loss_sum = position_losses.add(losses, mask)
             (loss_sum * (self.scaler.scale / total)).backward()
         return position_losses
+
+    def _loss_tokens(self, batch: Batch, seqlen: int) -> int:
+        """Predictions that count in the whole step, of all ranks, which have equal shares of its sequences."""
+        own, layout = batch.loss_tokens(seqlen), self.world.layout
+        return own * layout.dp if batch.loss_mask is None else self.world.total(own) // layout.tp
 
     def reserve_memory(self, batch: Batch) -> None:
         """Run one full-length micro-batch of `batch`, updating nothing, so that the allocator grows before step 1.
 
         Short steps first would leave the GPU's memory in pieces. Draws nothing from the generators.
         """
-        device = self.model.device
+        device = self.world.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             largest = next(batch.split(self._training.micro_batch_sequences(batch.seqlen, batch.seqlen)))
             self._backward(largest, batch.seqlen)

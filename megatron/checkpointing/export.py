@@ -1,0 +1,61 @@
+"""A checkpoint's weights in one file, for other programs."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from megatron.checkpointing.checkpoint import load_checkpoint
+from megatron.checkpointing.commit import checkpoints_in, find_latest
+from megatron.checkpointing.tensors import read_tensors, storage_errors, write_safetensors
+from megatron.errors import UserError
+from megatron.files import fsync_directory
+
+FORMATS = ("safetensors",)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_PREFIX = "model."
+
+
+def export_weights(load: Path, output: Path, *, dtype: str | None, force: bool) -> str:
+    """Write the whole weights of a checkpoint to the safetensors file `output`, by the model's names for them.
+
+    Args:
+        load: a run, a directory of checkpoints (the newest is taken) or one checkpoint, saved in any layout.
+        dtype: one of DTYPES, for what is floating point; None: as saved.
+        force: replace `output` where it exists.
+
+    Returns:
+        What was written, in one line.
+
+    Raises:
+        UserError: where the checkpoint is not whole, the weights do not fit `dtype` or `output` cannot be written.
+    """
+    if output.exists() and not force:
+        raise UserError(f"--output {output} exists: give --force to replace it, or choose another name")
+    path = find_latest(checkpoints_in(load))
+    if path is None:
+        raise UserError(f"--load {load}: no whole checkpoint found there; give a run, its checkpoints or one of them")
+    load_checkpoint(path)
+    weights = {name.removeprefix(_PREFIX): tensor for name, tensor in read_tensors(path, _PREFIX).items()}
+    for name, tensor in weights.items():
+        if dtype is not None and tensor.is_floating_point():
+            weights[name] = tensor.to(DTYPES[dtype])
+            if not torch.equal(weights[name].isfinite(), tensor.isfinite()):
+                raise UserError(f"--dtype {dtype} cannot hold the values of {name}: use bf16 or fp32")
+    temporary = output.with_name(f".{output.name}.tmp-{secrets.token_hex(4)}")
+    with storage_errors("write", output):
+        try:
+            write_safetensors(temporary, weights, {"format": "pt"})
+            os.replace(temporary, output)
+            fsync_directory(output.parent)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(temporary)
+            raise
+    parameters = sum(tensor.numel() for tensor in weights.values())
+    size = output.stat().st_size
+    return f"{output}: {len(weights):,} tensors, {parameters:,} parameters, {size:,} bytes, from {path}"
