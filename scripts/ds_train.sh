@@ -87,7 +87,8 @@ if [[ -z $MASTER_ADDR ]]; then
     MASTER_ADDR="${nodes%%,*}"
 fi
 if [[ -z $GPUS_PER_NODE ]]; then
-    GPUS_PER_NODE="$(python -c 'import torch; print(torch.cuda.device_count() or 1)' 2> /dev/null)" || GPUS_PER_NODE=1
+    GPUS_PER_NODE="$(python -c 'import torch; print(torch.cuda.device_count() or 1)' 2> /dev/null)" ||
+        fail "python has no torch to count the GPUs with: set GPUS_PER_NODE"
 fi
 
 command=(python -m torch.distributed.run --nproc-per-node "$GPUS_PER_NODE" --max-restarts "$MAX_RESTARTS")

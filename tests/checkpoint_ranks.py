@@ -29,6 +29,7 @@ from megatron.checkpointing import checkpoint as checkpoints
 from megatron.checkpointing import tensors as shards
 from megatron.checkpointing.checkpoint import load_checkpoint, save_checkpoint
 from megatron.checkpointing.commit import find_latest
+from megatron.checkpointing.manifest import read_manifest
 from megatron.checkpointing.saver import Saver
 from megatron.checkpointing.state import collect, restore
 from megatron.distributed.world import World
@@ -112,7 +113,7 @@ class Training:
             iteration=iteration,
             tensors=self.table(),
             state={"iteration": iteration},
-            config_text="",
+            config_text="seed: 1\n",
             world=self.world,
         )
 
@@ -197,7 +198,7 @@ def faults(directory: Path, worlds: dict[str, World]) -> dict[str, Any]:
     with replaced(checkpoints, "publish", full_disk_named):
         seen["commit"] = [*fault(lambda: training.save(directory, 2)), intact()]
 
-    for path in sorted(first.glob("*.safetensors")):
+    for path in (first / name for name in read_manifest(first).files):
         for _ in range(2):  # damage it, then mend it
             dist.barrier()
             if world.is_main:

@@ -149,7 +149,12 @@ def test_old_no_ops_say_why(capsys):
         (["--train-iters", "1", "--eval-interval", "-2"], "--eval-interval -2 must not be negative"),
         (["--train-iters", "1", "--num-workers", "1e9"], "--num-workers"),
         (["--train-iters", "1", "--save", ""], "--save: expected a text"),
-        (["--train-iters", "1", "--model-parallel-size", "2"], "only 1 is possible"),
+        (["--train-iters", "1", "--model-size", "1.5B", "--model-parallel-size", "2"],
+         "--tensor-model-parallel-size 2 must divide --num-attention-heads 25: use 1, 5, 25"),
+        (["--train-iters", "1", "--zero-stage", "1"], "--zero-stage 1: expected 0, 2 or 3"),
+        (["--train-iters", "1", "--sequence-parallel"], "--sequence-parallel needs --tensor-model-parallel"),
+        (["--train-iters", "1", "--zero-stage", "0", "--data-parallel-shard-size", "2"], "has no effect with --zero-"),
+        (["--train-iters", "1", "--distributed-timeout-minutes", "0"], "must be positive"),
         (["--config", "/does/not/exist.yaml"], "no such file"),
     ],
 )  # fmt: skip

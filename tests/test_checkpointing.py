@@ -21,7 +21,8 @@ from megatron.checkpointing.checkpoint import check_space, load_checkpoint, save
 from megatron.checkpointing.commit import LATEST, find_latest
 from megatron.checkpointing.rng import capture_rng, restore_rng
 from megatron.checkpointing.state import collect, restore
-from megatron.checkpointing.tensors import ALONE, own_pieces, read_tensors, write_pieces
+from megatron.checkpointing.tensors import own_pieces, read_tensors, write_pieces
+from megatron.distributed.world import ALONE
 from megatron.errors import UserError
 
 N = 3

@@ -5,12 +5,13 @@ import shutil
 import pytest
 import torch
 
-from megatron.config import ModelConfig, OptimizerConfig, TrainingConfig
+from megatron.config import ModelConfig, OptimizerConfig, ParallelConfig, TrainingConfig
 from megatron.data.batch import Batch
+from megatron.distributed.parallelize import parallelize, place
+from megatron.distributed.world import World
 from megatron.optimizer.adamw import build_optimizer
 from megatron.optimizer.loss_scale import LossScaler
 from megatron.pacing.plan import StepPlan
-from megatron.training.setup import compile_model
 from megatron.training.step import TrainStep
 from pretrain_gpt2 import forward_step, model_provider
 
@@ -34,17 +35,18 @@ def losses(device: str, precision: str, compiled: str) -> list[float]:
 
     training = TrainingConfig(
         train_iters=1, global_batch_size=16, micro_batch_tokens=512, compile=compiled, initial_loss_scale=2.0**10,
-        fp16=precision == "fp16", bf16=precision == "bf16",
+        fp16=precision == "fp16", bf16=precision == "bf16", recompute_granularity="full",
     )  # fmt: skip
     shape = ModelConfig(
         num_layers=2, hidden_size=64, num_attention_heads=2, seq_length=LENGTH, hidden_dropout=0, attention_dropout=0
     )
-    model = model_provider(shape, VOCAB, True)
-    initialise(model, 1)
-    model.to(device)
-    compile_model(model, training, print)
-    config = OptimizerConfig()
-    step = TrainStep(model, build_optimizer(model, config), LossScaler(training), forward_step, training, config)
+    world, parallel, config = World(device=torch.device(device)), ParallelConfig(), OptimizerConfig()
+    with torch.device("meta"):
+        model = model_provider(shape, VOCAB)
+    parallelize(model, world, parallel, training, print)
+    initialise(model, 1, place)
+    optimizer = build_optimizer(model, config)
+    step = TrainStep(model, optimizer, LossScaler(training), forward_step, training, config, parallel, world)
     starts = torch.randint(0, VOCAB, (12, 16, 1), generator=torch.Generator().manual_seed(0))
     rows = (starts + torch.arange(LENGTH + 1)) % VOCAB
     step.reserve_memory(Batch.from_samples(rows[0].numpy()))
@@ -58,7 +60,7 @@ def reference() -> list[float]:
     return losses("cpu", "fp32", "off")
 
 
-@pytest.mark.parametrize(("device", "precision", "compiled"), cases())
+@pytest.mark.parametrize(("device", "precision", "compiled"), list(cases()))
 def test_every_precision_trains_like_fp32_on_the_cpu(reference, device, precision, compiled):
     got = losses(device, precision, compiled)
     assert got == pytest.approx(reference, rel=1e-3 if precision == "fp32" else 3e-2)

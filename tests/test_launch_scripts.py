@@ -36,13 +36,13 @@ rank, last = os.environ["RANK"], sys.argv[-1]
 if last == "crash":
     sys.exit(3)
 (here / f"born-{rank}").touch()
-while last == "slow" and not (here / "awake").exists():
+end = time.monotonic() + 60
+while last == "slow" and not (here / "awake").exists() and time.monotonic() < end:
     time.sleep(0.02)
 asked = []
 for number in (signal.SIGTERM,) if last == "deaf" else (signal.SIGTERM, signal.SIGUSR1):
     signal.signal(number, lambda number, frame: asked.append(signal.Signals(number).name))
 (here / f"started-{rank}").touch()
-end = time.monotonic() + 60
 while last != "finish" and not asked and time.monotonic() < end:
     time.sleep(0.02)
 (here / f"asked-{rank}").write_text(" ".join(asked[:1]))
@@ -216,6 +216,13 @@ def test_processes_are_counted_where_they_are_not_given():
 
     (command,) = dry_run(GPUS_PER_NODE="")
     assert command[len(TORCHRUN) :][:2] == ["--nproc-per-node", str(torch.cuda.device_count() or 1)]
+
+
+def test_processes_that_cannot_be_counted_are_asked_for(tmp_path):
+    (tmp_path / "torch.py").touch()
+    result = run(LAUNCHER, "--dry-run", GPUS_PER_NODE="", PYTHONPATH=str(tmp_path))
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr == "error: python has no torch to count the GPUs with: set GPUS_PER_NODE\n"
 
 
 def test_nodes_by_hand():

@@ -9,13 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron.arguments import build_parser, parse_config
-from megatron.config import Config, DataConfig, ModelConfig, TrainingConfig
-from megatron.distributed.parallelize import recompute
+from megatron.config import Config, DataConfig, ModelConfig, ParallelConfig, TrainingConfig
+from megatron.distributed.parallelize import before_backward, place, recompute, shard
+from megatron.distributed.tensor_parallel import Region, split_model
+from megatron.distributed.world import World
 from megatron.errors import UserError
 from megatron.layout import Layout, layout_of
 from megatron.model.flops import parameter_count
@@ -32,9 +37,7 @@ def config_of(*flags: str) -> Config:
     return parse_config(build_parser(), ["--train-iters", "1", *flags])[0]
 
 
-def small(
-    vocab: int = 512, *, precision: str = "fp32", dropout: float = 0.0, masked: bool = False, **training
-) -> Config:
+def small(*, precision: str = "fp32", dropout: float = 0.0, masked: bool = False, **training) -> Config:
     return Config(
         model=ModelConfig(
             num_layers=4, hidden_size=64, num_attention_heads=4, seq_length=LENGTH, hidden_dropout=dropout,
@@ -67,6 +70,29 @@ def masks_of_a_gpu(monkeypatch):
     )
 
 
+class Saved(torch.autograd.graph.saved_tensors_hooks):
+    """Counts what autograd saves but parameters and indices: each storage once."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(self._pack, lambda tensor: tensor)
+        self._parameters = {p.untyped_storage().data_ptr() for p in module.parameters()}
+        self._storages: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
+
+    def __enter__(self):
+        super().__enter__()
+        return self
+
+    def _pack(self, tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._parameters and tensor.dtype != torch.int64:
+            self._storages[storage.data_ptr()] = storage
+        return tensor
+
+    @property
+    def bytes(self) -> int:
+        return sum(storage.nbytes() for storage in self._storages.values())
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("masked", [False, True])
@@ -74,23 +100,29 @@ def test_activations_are_what_autograd_saves(masks_of_a_gpu, precision, dropout,
     vocab = 512
     config = small(precision=precision, dropout=dropout, masked=masked)
     model = model_of(config, vocab)
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    saved: dict[int, int] = {}
-    held = []  # so that no address is used twice
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        held.append(tensor)
-        if storage.data_ptr() not in parameters and tensor.is_floating_point() | (tensor.dtype == torch.bool):
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
     tokens = torch.zeros(SEQUENCES, LENGTH, dtype=torch.int64)
-    with autocast(config), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with autocast(config), Saved(model) as saved:
         model.loss(model(tokens, segment_ids=tokens if masked else None), tokens.flatten())
     log_softmax = SEQUENCES * LENGTH * vocab * 4
     estimate = estimate_memory(config, Layout(), vocab)
-    assert estimate.activations + estimate.copies == pytest.approx(sum(saved.values()) - log_softmax, rel=0.02)
+    assert estimate.activations + estimate.copies == pytest.approx(saved.bytes - log_softmax, rel=0.02)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_compiled_model_keeps_as_much_and_of_the_logits_one_copy(precision):
+    """The compiler's choice of what to keep, without its code."""
+    vocab = 4096
+    config = small(precision=precision, compile="on")
+    model = model_of(config, vocab)
+    for block in model.blocks:
+        block.forward = torch.compile(block.forward, dynamic=True, backend="aot_eager_decomp_partition")
+    model.head.loss = torch.compile(model.head.loss, dynamic=True, backend="aot_eager_decomp_partition")
+    tokens = torch.zeros(SEQUENCES, LENGTH, dtype=torch.int64)
+    with autocast(config), Saved(model) as saved:
+        model.loss(model(tokens), tokens.flatten())
+    estimate = estimate_memory(config, Layout(), vocab)
+    assert estimate.loss == SEQUENCES * LENGTH * vocab * (2 if config.training.bf16 else 4)
+    assert estimate.activations + estimate.copies + estimate.loss == pytest.approx(saved.bytes, rel=0.1)
 
 
 class Meter(TorchDispatchMode):
@@ -134,6 +166,66 @@ def test_the_peak_of_a_micro_batch(masks_of_a_gpu, vocab, precision, granularity
     if granularity == "full":
         assert (estimate.block > estimate.loss) == (vocab == 128)
     standing = estimate.weights + estimate.gradients + estimate.optimizer
+    assert estimate.total - standing == pytest.approx(meter.peak, rel=0.1)
+
+
+@pytest.fixture
+def eight_ranks():
+    """Rank 0 of 8 whose collectives do nothing."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [{"zero_stage": 0}, {"zero_stage": 2}, {"zero_stage": 3}, {"zero_stage": 2, "data_parallel_shard_size": 4}],
+)
+def test_the_peak_of_a_sharded_step(masks_of_a_gpu, eight_ranks, parallel):
+    """Of two micro-batches, with what FSDP2 gathers and reduces."""
+    config = small(dropout=0.1, global_batch_size=8 * 2 * SEQUENCES)
+    config = replace(config, parallel=ParallelConfig(**parallel))
+    layout = layout_of(config, 8)
+    axes = ("replicate", "shard", "tp")
+    mesh = init_device_mesh("cpu", (layout.replicate, layout.shard, layout.tp), mesh_dim_names=axes)
+    model = GPT2Model(config.model, 4096)
+    shard(model, World(layout=layout, mesh=mesh), config.parallel)
+    initialise(model, 1, place)
+    tokens = torch.zeros(SEQUENCES, LENGTH, dtype=torch.int64)
+    with Meter(p.to_local() for p in model.parameters()) as meter:
+        for last in (False, True):
+            before_backward(model, config.parallel, last=last)
+            model.loss(model(tokens), tokens.flatten()).sum().backward()
+    estimate = estimate_memory(config, layout, 4096)
+    assert estimate.total - estimate.weights - estimate.optimizer == pytest.approx(meter.peak, rel=0.03)
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("granularity", ["none", "selective", "full"])
+def test_the_peak_of_a_tensor_parallel_micro_batch(
+    masks_of_a_gpu, eight_ranks, sequence_parallel, precision, granularity
+):
+    config = small(precision=precision, dropout=0.1, recompute_granularity=granularity)
+    parallel = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=sequence_parallel)
+    config = replace(config, parallel=parallel)
+    mesh = init_device_mesh("cpu", (4, 2), mesh_dim_names=("dp", "tp"))
+    with torch.device("meta"):
+        model = GPT2Model(config.model, 1024)
+    split_model(model, Region(mesh["tp"], sequence_parallel))
+    model.to_empty(device="cpu")
+    initialise(model, 1, place)
+    recompute(model, granularity, compiled=False)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    known = [t.to_local() for p in model.parameters() for t in (p.data, p.grad)]
+    tokens = torch.zeros(SEQUENCES, LENGTH, dtype=torch.int64)
+    with Meter(known) as meter:
+        with autocast(config):
+            losses = model.loss(model(tokens), tokens.flatten())
+        losses.sum().backward()
+    estimate = estimate_memory(config, Layout(tp=2), 1024)
+    standing = estimate.weights + estimate.gradients + estimate.optimizer + estimate.gathered  # no FSDP2 here
     assert estimate.total - standing == pytest.approx(meter.peak, rel=0.1)
 
 
@@ -271,14 +363,17 @@ def test_what_makes_no_sense_is_refused(world_size, gpu_memory, message):
 
 
 def test_the_tool_prints_memory():
-    command = [sys.executable, str(ROOT / "tools" / "plan_run.py"), *SHAPE, "--train-iters", "3", "--world-size", "4"]
-    options = {"capture_output": True, "text": True, "check": True, "timeout": 60}
-    memory = json.loads(subprocess.run([*command, "--gpu-memory", "80", "--json"], **options).stdout)["memory"]
+    command = [sys.executable, str(ROOT / "tools" / "plan_run.py"), *SHAPE, "--train-iters", "3"]
+
+    def printed(*flags: str) -> str:
+        return subprocess.run([*command, *flags], capture_output=True, text=True, check=True, timeout=60).stdout
+
+    memory = json.loads(printed("--world-size", "4", "--gpu-memory", "80", "--json"))["memory"]
     assert memory["fits"]
     assert memory["data_parallel_size"] == 4
     assert memory["total"] == memory["tensors"] + memory["overhead"]
-    table = subprocess.run(command, **options).stdout
-    assert "memory a GPU, GB     dp 4 x tp 1" in table
+    table = printed("--tensor-model-parallel-size", "2")
+    assert "memory a GPU, GB     dp 1 x tp 2" in table
     assert "fits" not in table
 
 

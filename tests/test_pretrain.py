@@ -157,12 +157,17 @@ from megatron.training import pretrain, state
 from megatron import errors
 import pretrain_gpt2
 whole, restore = state.TrainState.load_dict, pretrain.restore
-def without_field(self, saved, *, rng):
-    fresh = self.to_dict({{}}, rng=True)
-    whole(self, saved | ({{{left_out!r}: fresh[{left_out!r}]}} if {left_out!r} in fresh else {{}}), rng=rng)
-def without_moment(model, optimizer, tensors):
-    restore(model, optimizer, {{n: t * (not n.endswith('.' + {left_out!r})) for n, t in tensors.items()}})
+def without_field(self, saved):
+    fresh = self.to_dict({{}}, layout="", rng=None)
+    whole(self, saved | ({{{left_out!r}: fresh[{left_out!r}]}} if {left_out!r} in fresh else {{}}))
+def without_moment(model, optimizer, path, **keywords):
+    restore(model, optimizer, path, **keywords)
+    for entries in optimizer.state.values():
+        if {left_out!r} in entries:
+            entries[{left_out!r}].zero_()
 state.TrainState.load_dict, pretrain.restore = without_field, without_moment
+if {left_out!r} == "rng":
+    pretrain.restore_rng = lambda generators: None
 errors.run(pretrain_gpt2.main)
 """
     home = tmp_path / "run"

@@ -95,10 +95,10 @@ def test_commit_that_fails_on_rank_0_fails_the_save_of_all(faults: list[dict[str
     assert all("disk full" in seen["commit"][1] and seen["commit"][2] for seen in faults)
 
 
-def test_damaged_shard_is_refused_by_every_rank(faults: list[dict[str, Any]]) -> None:
-    names = [f"shard-{rank:05d}-model-00001-of-00001.safetensors" for rank in range(1, 5)]
+def test_damaged_file_is_refused_by_every_rank(faults: list[dict[str, Any]]) -> None:
+    shards = [f"shard-{rank:05d}-model-00001-of-00001.safetensors" for rank in range(1, 5)]
     told_by = set()
-    for name in names:
+    for name in [*shards, "config.yaml", "state.json"]:
         kinds = [seen[f"damaged {name}"][0] for seen in faults]
         assert sorted(kinds) == ["SharedError"] * 3 + ["UserError"]
         told_by.add(kinds.index("UserError"))

@@ -7,8 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron.config import ModelConfig, OptimizerConfig, TrainingConfig
+from megatron.config import ModelConfig, OptimizerConfig, ParallelConfig, TrainingConfig
 from megatron.data.batch import Batch
+from megatron.distributed.world import ALONE
 from megatron.instability.loss_ratio import bucket_name, position_buckets
 from megatron.model.gpt2 import GPT2Model
 from megatron.model.initialisation import initialise
@@ -39,8 +40,9 @@ def stepper(model: GPT2Model, forward=forward_step, clip: float = 0.0, scaler=No
     config = TrainingConfig(**{"train_iters": 1, "global_batch_size": 12} | training)
     optimizer_config = OptimizerConfig(clip_grad=clip)
     return TrainStep(
-        model, build_optimizer(model, optimizer_config), scaler or LossScaler(config), forward, config, optimizer_config
-    )
+        model, build_optimizer(model, optimizer_config), scaler or LossScaler(config), forward, config,
+        optimizer_config, ParallelConfig(), ALONE,
+    )  # fmt: skip
 
 
 def one_step_gradients(batch: Batch, seqlen: int, **training):
@@ -213,7 +215,7 @@ def test_position_losses_by_hand():
     sums = PositionLosses(LENGTH, torch.device("cpu"))
     assert sums.add(losses, mask).item() == losses.sum().item() - 3
     sums.add(losses[:, :8], None)
-    totals, counts, extra = sums.collect(torch.tensor(2.5))
+    totals, counts, extra = sums.by_bucket(sums.totals(ALONE, torch.tensor(2.5)))
     assert counts == [15 + 16, 8]
     assert totals == [losses[:, :8].sum().item() * 2 - 3, losses[:, 8:].sum().item()]
     assert extra == [2.5]
@@ -224,7 +226,7 @@ def test_an_empty_bucket_does_not_move_the_others():
     mask[:, :8] = False
     sums = PositionLosses(LENGTH, torch.device("cpu"))
     sums.add(torch.ones(2, 16), mask)
-    totals, counts, _ = sums.collect()
+    totals, counts, _ = sums.by_bucket(sums.totals(ALONE))
     assert (totals, counts) == ([0, 16], [0, 16])
 
 
@@ -247,7 +249,7 @@ def test_evaluation_is_the_exact_mean_over_exactly_the_samples_asked_for(chunk):
     dataset = FixedDataset()
     state = torch.get_rng_state()
     result = evaluate(
-        model, forward_step, dataset, Batch.from_samples, samples=7,
+        model, forward_step, dataset, Batch.from_samples, samples=7, world=ALONE,
         training=TrainingConfig(train_iters=1, global_batch_size=12, micro_batch_size=chunk),
     )  # fmt: skip
     assert dataset.asked == list(range(7))
@@ -265,12 +267,13 @@ def test_evaluation_is_the_exact_mean_over_exactly_the_samples_asked_for(chunk):
     assert result.loss_by_position == pytest.approx(want, rel=1e-5)
     calls = iter([False, True])
     stopped = evaluate(
-        model, forward_step, FixedDataset(), Batch.from_samples, samples=7, interrupted=lambda: next(calls),
+        model, forward_step, FixedDataset(), Batch.from_samples, samples=7, world=ALONE,
+        interrupted=lambda: next(calls),
         training=TrainingConfig(train_iters=1, global_batch_size=12, micro_batch_size=1),
     )  # fmt: skip
     assert stopped is None
     everything = evaluate(
-        model, forward_step, FixedDataset(), Batch.from_samples, samples=99,
+        model, forward_step, FixedDataset(), Batch.from_samples, samples=99, world=ALONE,
         training=TrainingConfig(train_iters=1, global_batch_size=12),
     )  # fmt: skip
     assert everything.samples == 10

@@ -26,6 +26,7 @@ from megatron.distributed.watch import Watch
 
 rank, size, directory, timeout = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), float(sys.argv[4])
 watch.TICK_SECONDS, watch.ANSWER_SECONDS = 0.1, 1.0
+watch.FAILURE_SECONDS = watch.FLUSH_SECONDS = 0.5
 
 class Store:
     "What the watch asks of a torch.distributed.Store, without the seconds that importing torch takes."
@@ -50,14 +51,16 @@ def read_data():
 def all_reduce():
     time.sleep(60)
 
+def meet(name):
+    (directory / f"{name}{rank}").touch()
+    while len(list(directory.glob(f"{name}?"))) < size:
+        time.sleep(0.01)
+
 mine = Watch(rank, size, Store(), timeout=timeout)
 mine.at("step 17")
 """
-RUN = START + (
-    "with mine:\n"
-    "    (directory / f'in{rank}').touch()\n"
-    "    while len(list(directory.glob('in*'))) < size: time.sleep(0.01)\n"
-)
+JOIN = "with mine:\n    meet('in')\n"
+RUN = START + "meet('ready')\n" + JOIN
 END = "; the run ends here, its last checkpoint stands\n"
 
 
@@ -70,7 +73,7 @@ class Ranks:
 
     def start(self, rank: int, size: int, program: str, timeout: float = 60) -> None:
         command = [sys.executable, "-c", program, str(rank), str(size), str(self.directory), str(timeout)]
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""}
         with (self.directory / f"err{rank}").open("wb") as errors:
             self.processes[rank] = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=errors)
 
@@ -118,7 +121,7 @@ def test_a_rank_that_is_killed_ends_the_others_and_rank_0_names_it(ranks: Ranks)
     ranks.signal(2, signal.SIGKILL)
     assert ranks.statuses(0, 1) == [1, 1]
     cause = "killed or crashed (dmesg there tells if memory ran out)"
-    assert ranks.errors(0) == f"error: {ranks.name(2)} died at step 17: {cause}{END}"
+    assert ranks.errors(0) == f"error: {ranks.name(2)} died, last seen at step 17: {cause}{END}"
     assert ranks.errors(1) == ""
 
 
@@ -133,6 +136,7 @@ def test_output_that_nobody_reads_does_not_hold_up_the_end(ranks: Ranks) -> None
     ranks.run("print('x' * 200_000, flush=True)")
     ranks.signal(0, signal.SIGKILL)
     assert ranks.statuses(1) == [1]
+    assert ranks.errors(1) == f"error: {ranks.name(0)} died: killed or crashed{END}"
 
 
 @pytest.mark.parametrize("failing", [0, 1])
@@ -145,8 +149,23 @@ def test_a_rank_that_fails_says_so_and_ends_the_others(ranks: Ranks, failing: in
     assert ranks.errors(2) == ""
 
 
+def test_a_rank_that_leaves_with_a_status_ends_the_others(ranks: Ranks) -> None:
+    ranks.run("if rank == 1: sys.exit(3)\nall_reduce()")
+    assert ranks.statuses(0, 1, 2) == [1, 3, 1]
+    assert ranks.errors(0) == f"error: {ranks.name(1)} failed at step 17: SystemExit: 3{END}"
+
+
+def test_a_failure_that_rank_0_hears_of_late_is_not_a_death(ranks: Ranks) -> None:
+    ranks.run("if rank == 1: time.sleep(1)\nif rank == 1: raise OSError('disk')\nall_reduce()")
+    ranks.signal(0, signal.SIGSTOP)
+    assert ranks.statuses(1) == [1]
+    ranks.signal(0, signal.SIGCONT)
+    assert ranks.statuses(0, 2) == [1, 1]
+    assert ranks.errors(0) == f"error: {ranks.name(1)} failed at step 17: OSError: disk{END}"
+
+
 def test_ranks_that_all_fail_speak_for_themselves(ranks: Ranks) -> None:
-    ranks.run("time.sleep(0.2 * rank)\nsys.exit(75)")
+    ranks.run("time.sleep(0.1 * rank)\nsys.exit(75)")
     assert ranks.statuses(0, 1, 2) == [75, 75, 75]
     assert [ranks.errors(rank) for rank in range(3)] == ["", "", ""]
 
@@ -157,14 +176,13 @@ def test_a_failure_that_a_death_has_caused_is_not_what_is_told(ranks: Ranks) -> 
         "dead = directory / 'dead'\n"
         "while not dead.exists() and rank < 2: time.sleep(0.01)\n"
         "if rank == 1: raise RuntimeError('connection closed by peer')\n"
-        "if rank == 2: time.sleep(0.5)\n"
         "if rank == 2: dead.touch()\n"
-        "if rank == 2: time.sleep(0.3)\n"
+        "if rank == 2: time.sleep(0.2)\n"
         "if rank == 2: os.kill(os.getpid(), 9)\n"
         "all_reduce()"
     )
     assert ranks.statuses(0, 1, 2) == [1, 1, -9]
-    assert ranks.errors(0).startswith(f"error: {ranks.name(2)} died at step 17")
+    assert ranks.errors(0).startswith(f"error: {ranks.name(2)} died, last seen at step 17")
     assert ranks.errors(1) == ""
 
 
@@ -172,7 +190,7 @@ def test_a_rank_that_is_stopped_is_named_after_the_timeout(ranks: Ranks) -> None
     ranks.run("all_reduce()", timeout=2)
     ranks.signal(2, signal.SIGSTOP)
     assert ranks.statuses(0, 1) == [1, 1]
-    expected = f"error: {ranks.name(2)} does not answer (stopped, or its node is gone), last at step 17{END}"
+    expected = f"error: {ranks.name(2)} does not answer (stopped, or its node is gone), last seen at step 17{END}"
     assert ranks.errors(0) == expected
     assert ranks.errors(1) == ""
     assert ranks.processes[2].poll() is None
@@ -191,7 +209,7 @@ def test_a_stopped_rank_is_named_before_the_failure_that_it_causes(ranks: Ranks)
     ranks.run("if rank == 1: time.sleep(1)\nif rank == 1: raise RuntimeError('timed out')\nall_reduce()")
     ranks.signal(2, signal.SIGSTOP)
     assert ranks.statuses(0, 1) == [1, 1]
-    silent = f"{ranks.name(2)} does not answer (stopped, or its node is gone), last at step 17"
+    silent = f"{ranks.name(2)} does not answer (stopped, or its node is gone), last seen at step 17"
     failed = f"{ranks.name(1)} failed at step 17: RuntimeError: timed out"
     assert ranks.errors(0) == f"error: {silent}; {failed}{END}"
 
@@ -212,22 +230,32 @@ def test_a_standstill_at_one_place_tells_what_the_ranks_do(ranks: Ranks) -> None
     assert re.fullmatch(expected + re.escape(END), ranks.errors(0))
 
 
-def test_ranks_that_move_do_not_hang(ranks: Ranks) -> None:
-    ranks.run("for step in range(40): time.sleep(0.05) or mine.at('validation')", timeout=1)
+@pytest.mark.parametrize("pace", ["60, 0.05", "2, 1.5"])
+def test_ranks_that_move_do_not_hang(ranks: Ranks, pace: str) -> None:
+    """Often and for longer than the timeout; or now and then while they are asked already."""
+    ranks.run(f"times, pause = {pace}\nfor _ in range(times): time.sleep(pause) or mine.at('validation')", timeout=1)
     assert ranks.statuses(0, 1, 2) == [0, 0, 0]
     assert [ranks.errors(rank) for rank in range(3)] == ["", "", ""]
 
 
 @pytest.mark.parametrize("slow", [0, 1])
 def test_all_wait_for_a_rank_that_is_given_patience(ranks: Ranks, slow: int) -> None:
-    ranks.run(f"if rank == {slow}:\n    with mine.patient(): time.sleep(3)\nelse: time.sleep(3)", timeout=0.5)
+    ranks.run(f"if rank == {slow}:\n    with mine.patient(): time.sleep(3)\nelse: time.sleep(3)", timeout=1)
     assert ranks.statuses(0, 1, 2) == [0, 0, 0]
     assert [ranks.errors(rank) for rank in range(3)] == ["", "", ""]
 
 
+def test_patience_goes_for_rank_0_too(ranks: Ranks) -> None:
+    ranks.run("with mine.patient(): time.sleep(4)", timeout=1)
+    ranks.signal(0, signal.SIGSTOP)
+    time.sleep(3)
+    ranks.signal(0, signal.SIGCONT)
+    assert ranks.statuses(0, 1, 2) == [0, 0, 0]
+
+
 @pytest.mark.parametrize("order", ["0, 1, 2", "2, 1, 0", "1, 0, 2"])
 def test_ranks_may_finish_in_any_order(ranks: Ranks, order: str) -> None:
-    ranks.run(f"time.sleep([{order}][rank] * 0.7)")
+    ranks.run(f"time.sleep([{order}][rank] * 0.4)\nsys.exit(0)")
     assert ranks.statuses(0, 1, 2) == [0, 0, 0]
     assert [ranks.errors(rank) for rank in range(3)] == ["", "", ""]
 
@@ -235,29 +263,30 @@ def test_ranks_may_finish_in_any_order(ranks: Ranks, order: str) -> None:
 def test_a_rank_that_dies_after_others_have_finished_is_named(ranks: Ranks) -> None:
     ranks.run("if rank == 2: all_reduce()")
     assert ranks.statuses(1) == [0]
-    assert ranks.processes[0].poll() is None
+    with pytest.raises(subprocess.TimeoutExpired):
+        ranks.processes[0].wait(2.5)
     ranks.signal(2, signal.SIGKILL)
     assert ranks.statuses(0) == [1]
-    assert ranks.errors(0).startswith(f"error: {ranks.name(2)} died at step 17")
+    assert ranks.errors(0).startswith(f"error: {ranks.name(2)} died, last seen at step 17")
 
 
 @pytest.mark.parametrize("here", [[0], [0, 1]])
 def test_ranks_that_do_not_come_are_named(ranks: Ranks, here: list[int]) -> None:
     for rank in here:
-        ranks.start(rank, 3, RUN + "    all_reduce()", timeout=1)
+        ranks.start(rank, 3, START + JOIN, timeout=1)
     assert ranks.statuses(*here, within=20) == [1] * len(here)
     absent = "; ".join(f"rank {rank}" for rank in range(3) if rank not in here)
     assert ranks.errors(0) == f"error: {absent} did not come within 1 s: see why it has not started{END}"
 
 
 def test_a_rank_without_rank_0_says_so(ranks: Ranks) -> None:
-    ranks.start(1, 3, RUN, timeout=0.2)
+    ranks.start(1, 3, START + JOIN, timeout=0.2)
     assert ranks.statuses(1, within=20) == [1]
     assert "UserError: rank 0 did not come within 0 s" in ranks.errors(1)
 
 
 def test_strangers_are_ignored(ranks: Ranks) -> None:
-    program = RUN + "    time.sleep(0.5)\n"
+    program = START + JOIN + "    time.sleep(0.5)\n"
     for rank in (0, 1):
         ranks.start(rank, 3, program)
     wait_for((ranks.directory / "in1").exists)
@@ -291,7 +320,7 @@ def test_a_program_at_the_port_that_is_not_rank_0_is_not_taken_for_it(ranks: Ran
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         (ranks.directory / "watch").write_text(json.dumps(["far", 1, ["127.0.0.1", "127.0.0.2"], port, "hello", "key"]))
-        ranks.start(1, 2, RUN)
+        ranks.start(1, 2, START + JOIN)
         connection, _ = other.accept()
         connection.sendall(b'{"greeting": "another"}\n')
         assert ranks.statuses(1) == [1]
@@ -337,5 +366,5 @@ def test_beside_real_collectives(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) 
         ranks.start(rank, 3, GLOO)
     assert ranks.statuses(2, within=60) == [-9]
     assert ranks.statuses(0, 1) == [1, 1]
-    assert re.fullmatch(re.escape(f"error: {ranks.name(2)} died at ") + r".*\n", ranks.errors(0))
+    assert re.fullmatch(re.escape(f"error: {ranks.name(2)} died, last seen at ") + r".*\n", ranks.errors(0))
     assert "Traceback" not in ranks.errors(1)

@@ -1,4 +1,4 @@
-"""Print a run before it starts, and its memory a GPU, from its flags alone: tools/plan_run.py --config RECIPE [flags]"""
+"""Print a run before it starts, and its memory, from its flags alone: tools/plan_run.py --config RECIPE [flags]"""
 
 from __future__ import annotations
 
@@ -20,11 +20,14 @@ def main() -> None:
     group = parser.add_argument_group("Planner")
     group.add_argument("--json", action="store_true", help="print one JSON object")
     group.add_argument("--at", type=parse_count, metavar="N", help="the progress after N iterations, not at the end")
-    group.add_argument("--world-size", type=parse_count, default=1, metavar="N", help="number of GPUs [1]")
+    group.add_argument(
+        "--world-size", type=parse_count, metavar="N", help="number of GPUs [--tensor-model-parallel-size]"
+    )
     group.add_argument("--gpu-memory", type=float, metavar="GB", help="say whether the run fits in this much a GPU")
     config, arguments = parse_config(parser, sys.argv[1:])
     totals = plan_totals(config, at=arguments.at)
-    memory = plan_memory(config, arguments.world_size, arguments.gpu_memory)
+    ranks = config.parallel.tensor_model_parallel_size if arguments.world_size is None else arguments.world_size
+    memory = plan_memory(config, ranks, arguments.gpu_memory)
     if arguments.json:
         print(json.dumps(totals | {"memory": memory}))
     else:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,8 @@ from megatron.checkpointing.manifest import (
     describe,
     write_manifest,
 )
-from megatron.checkpointing.tensors import ALONE, Piece, own_pieces, write_pieces
-from megatron.distributed.world import World
+from megatron.checkpointing.tensors import Piece, own_pieces, write_pieces
+from megatron.distributed.world import ALONE, World
 from megatron.errors import UserError
 from megatron.files import file_errors, write_durable
 
@@ -123,22 +124,21 @@ def load_checkpoint(path: Path, *, world: World = ALONE, verify: bool = True) ->
     """
     path = Path(path)
 
-    def load() -> Checkpoint:
-        try:
+    def check() -> int:
+        with _advice(path):
             manifest = open_manifest(path)
             if verify:
                 by_size = sorted(manifest.files.items(), key=lambda item: (-item[1].size, item[0]))
                 check_digests(path, dict(by_size[world.rank :: world.size]))
             _require_files(path, manifest)
-            return Checkpoint(path, manifest.iteration, json.loads(_read_text(path / STATE)), _read_text(path / CONFIG))
-        except (UserError, ValueError, RecursionError) as error:
-            older = older_than(path)
-            advice = (
-                f"go on from the older checkpoint {older}" if older else "there is no older whole checkpoint beside it"
-            )
-            raise UserError(f"{error}; {advice}") from error
+            return manifest.iteration
 
-    return world.everywhere(load)
+    def read(iteration: int) -> Checkpoint:
+        with _advice(path):
+            return Checkpoint(path, iteration, json.loads(_read_text(path / STATE)), _read_text(path / CONFIG))
+
+    iteration = world.everywhere(check)  # by itself: no rank may trust a file before the one that checks it has
+    return world.everywhere(lambda: read(iteration))
 
 
 def check_space(directory: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -157,6 +157,17 @@ def check_space(directory: Path, tensors: Mapping[str, Tensor]) -> None:
             f"disk full: a checkpoint in {directory} takes {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; "
             "free some space there or choose another --save"
         )
+
+
+@contextmanager
+def _advice(path: Path) -> Iterator[None]:
+    """Add to what is wrong with the checkpoint `path` which older one to use."""
+    try:
+        yield
+    except (UserError, ValueError, RecursionError) as error:
+        older = older_than(path)
+        advice = f"go on from the older checkpoint {older}" if older else "there is no older whole checkpoint beside it"
+        raise UserError(f"{error}; {advice}") from error
 
 
 def _require_files(path: Path, manifest: Manifest) -> None:

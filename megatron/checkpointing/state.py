@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
 
-from megatron.checkpointing.tensors import ALONE, read_into, stored_tensors
-from megatron.distributed.world import World
+from megatron.checkpointing.tensors import read_into, stored_tensors
+from megatron.distributed.world import ALONE, World
 from megatron.errors import UserError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -37,8 +37,6 @@ from megatron.files import explain, fsync_file
 FILE_BYTES = 1 << 30
 """A shard is closed when it has grown to this: it bounds the copies of GPU tensors that are held on the host."""
 SUFFIX = ".safetensors"
-ALONE = World()
-"""The world of a process by itself."""
 _OS_ERROR = re.compile(r"os error (\d+)")
 
 

@@ -115,14 +115,18 @@ def connect(config: Config) -> Iterator[tuple[World, Watch]]:
     if config.training.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it, before its first use
         torch.use_deterministic_algorithms(True)
-    if environment.size == 1:
-        with Watch(0, 1, dist.HashStore(), timeout=0.0) as watch:
+    if config.parallel.optimizer_cpu_offload and device.type == "cpu":
+        raise UserError("--optimizer-cpu-offload moves state out of a GPU: drop it on the CPU")
+    timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
+    store: dist.Store = dist.HashStore()
+    if environment.size > 1:
+        store = rendezvous(open_store(environment, timeout), environment.rank, environment.size, timeout)
+    elif not config.parallel.optimizer_cpu_offload:  # which is FSDP2's doing, on one rank too
+        with Watch(0, 1, store, timeout=0.0) as watch:
             yield World(device=device), watch
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
-    store = rendezvous(open_store(environment, timeout), environment.rank, environment.size, timeout)
     with Watch(environment.rank, environment.size, store, timeout=timeout.total_seconds()) as watch:
         # Longer than the watch's, which says more.
         patience = timeout + timedelta(seconds=30)

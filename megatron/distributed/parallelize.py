@@ -15,6 +15,7 @@ import torch
 import torch._functorch.config
 import torch.fx.experimental._config
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -22,7 +23,6 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from megatron.config import ParallelConfig, TrainingConfig
 from megatron.distributed.tensor_parallel import Region, split_model
 from megatron.distributed.world import World
-from megatron.errors import UserError
 from megatron.model.gpt2 import GPT2Model
 
 Report = Callable[[str], None]
@@ -35,14 +35,12 @@ def parallelize(
     model: GPT2Model, world: World, parallel: ParallelConfig, training: TrainingConfig, report: Report
 ) -> None:
     """Spread `model`, on the meta device as yet, over `world` in place, and give it storage on the world's device."""
-    if world.layout.tp > 1:
-        if world.mesh is None:
-            raise ValueError("a layout of several ranks needs a mesh")
+    if world.layout.tp > 1 and world.mesh is not None:
         split_model(model, Region(world.mesh["tp"], parallel.sequence_parallel))
     compiled = compile_model(model, world.device, training, report)
     recompute(model, training.recompute_granularity, compiled=compiled)
-    if world.size > 1:
-        shard(model, world, parallel)
+    if world.mesh is not None:
+        shard(model, world, world.mesh, parallel)
     model.to_empty(device=torch.device("cpu") if parallel.optimizer_cpu_offload else world.device)
     model.computes_on = world.device
 
@@ -107,15 +105,11 @@ def _keep_products(context: Any, op: Any, *arguments: Any, **keywords: Any) -> C
     return CheckpointPolicy.MUST_SAVE if dear else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def shard(model: GPT2Model, world: World, parallel: ParallelConfig) -> None:
+def shard(model: GPT2Model, world: World, mesh: DeviceMesh, parallel: ParallelConfig) -> None:
     """Shard each block, and the rest with the root, over the data parallel ranks (FSDP2); gradients are summed."""
-    if world.mesh is None:
-        raise ValueError("a layout of several ranks needs a mesh")
-    if parallel.optimizer_cpu_offload and world.device.type != "cuda":
-        raise UserError("--optimizer-cpu-offload moves state out of a GPU: drop it on the CPU")
     one_axis = world.layout.replicate == 1
     options: dict[str, Any] = {
-        "mesh": world.mesh["shard"] if one_axis else world.mesh["replicate", "shard"],
+        "mesh": mesh["shard"] if one_axis else mesh["replicate", "shard"],
         "offload_policy": CPUOffloadPolicy() if parallel.optimizer_cpu_offload else OffloadPolicy(),
     }
     for block in model.blocks:

@@ -4,10 +4,10 @@ Every rank holds a connection to rank 0, served by a thread of its own. The syst
 at once, so an end without a farewell is a death, however busy the process was; a process that hangs keeps its
 connection, but answers no ping or gets no further. Messages are JSON objects, a line each:
 
-    greeting, token, free   rank 0 is who the store says; the other belongs to the run; it may go, or has gone
+    greeting, token, free   rank 0 is who the store says; the other belongs to the run; it may fail by itself
     at, moves, patient      where the rank's training thread is, at most about once a second
     ping, where, pong       does your thread answer, and what is the training thread doing
-    bye, failed             the rank leaves, and waits a moment for `free` or `end`
+    bye, failed             the rank leaves; if failed, after it has heard `free` or `end`
     end                     rank 0 says why the run ends: leave, without a word
 
 A failure is looked into before it is told: its cause may be a rank whose death or silence is about to be noticed.
@@ -226,10 +226,10 @@ class _Main:
             if rank.failure is not None:  # waited for no answer, and has said why
                 self._close(channel.socket)
                 return
-            self._end(f"{rank} died at {rank.what}: killed or crashed (dmesg there tells if memory ran out)")
+            self._end(f"{rank} died, last seen at {rank.what}: killed or crashed (dmesg there tells if memory ran out)")
         except OSError as error:
             rank.channel = None
-            self._end(f"{rank} cannot be reached ({error.strerror or error}), last at {rank.what}")
+            self._end(f"{rank} cannot be reached ({error.strerror or error}), last seen at {rank.what}")
 
     def _note(self, rank: _Rank, channel: Channel, message: dict[str, Any]) -> None:
         if "at" in message:
@@ -243,7 +243,6 @@ class _Main:
             rank.failure = message["failed"]
         elif "bye" in message:
             rank.finished, rank.channel = True, None
-            channel.send(free=True)
             self._close(channel.socket)
 
     def _judge(self, now: float) -> None:
@@ -274,7 +273,7 @@ class _Main:
         enough = FAILURE_SECONDS if failed and not silent else ANSWER_SECONDS
         if present and now - self._asked < enough:
             return
-        causes = [f"{rank} {SILENT}, last at {rank.what}" for rank in silent]
+        causes = [f"{rank} {SILENT}, last seen at {rank.what}" for rank in silent]
         causes += [f"{rank} failed at {rank.what}: {rank.failure}" for rank in failed]
         self._end(_some(causes) if causes else self._standstill(stuck, now), [] if silent else failed)
 
@@ -421,9 +420,9 @@ def leave(why: str = "") -> NoReturn:
     end.daemon = True
     end.start()
     with contextlib.suppress(OSError, ValueError):
-        sys.stdout.flush()
         if why:
             start = "\n" if sys.stderr.isatty() else ""  # a live progress line may stand there
             sys.stderr.write(f"{start}error: {why}; the run ends here, its last checkpoint stands\n")
         sys.stderr.flush()
+        sys.stdout.flush()
     os._exit(EXIT_FAILURE)

@@ -119,3 +119,7 @@ class World:
     def fault(self, message: str) -> UserError:
         """What to raise for a fault that all ranks have found alike, so that one of them reports it."""
         return UserError(message) if self.is_main else SharedError(message)
+
+
+ALONE = World()
+"""A process by itself, on the CPU."""

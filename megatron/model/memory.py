@@ -1,7 +1,7 @@
 """Memory of one GPU in training, from the shape of the model and the layout alone. No torch.
 
-Every figure is in bytes and stands for the largest micro-batch of the run. What is assumed, and what was checked against
-what, is in docs/memory.md.
+Every figure is in bytes and stands for the largest micro-batch of the run. What is assumed, and what was checked
+against what, is in docs/memory.md.
 """
 
 from __future__ import annotations
@@ -176,9 +176,10 @@ def _kept(config: Config, layout: Layout, bytes_each: int) -> int:
     split = tokens * ((3 + 1 + 4) * hidden * bytes_each + FP32 * model.num_attention_heads) // tp
     products = split + tokens * 2 * hidden * bytes_each
     # What came from other ranks: two reductions, and under sequence parallelism two gathered outputs of layer norms.
-    passed = 2 * rows * hidden * bytes_each if tp > 1 else 0
-    gathered = 2 * tokens * hidden * FP32 if config.parallel.sequence_parallel else 0
-    return own_input + products + passed + gathered
+    # Each is held twice, as tests/test_memory.py sees.
+    reduced = 2 * 2 * rows * hidden * bytes_each if tp > 1 else 0
+    gathered = 2 * 2 * tokens * hidden * FP32 if config.parallel.sequence_parallel else 0
+    return own_input + products + reduced + gathered
 
 
 def _outside(config: Config, layout: Layout, bytes_each: int) -> int:

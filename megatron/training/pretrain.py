@@ -12,7 +12,14 @@ import numpy as np
 
 from megatron.arguments import to_yaml
 from megatron.checkpointing.checkpoint import check_space, load_checkpoint
-from megatron.checkpointing.commit import damaged_checkpoints, find_latest, reap_temporary, set_aside_newer
+from megatron.checkpointing.commit import (
+    CHECKPOINTS,
+    checkpoints_in,
+    damaged_checkpoints,
+    find_latest,
+    reap_temporary,
+    set_aside_newer,
+)
 from megatron.checkpointing.rng import capture_rng, restore_rng
 from megatron.checkpointing.saver import Saver
 from megatron.checkpointing.state import collect, restore
@@ -47,8 +54,6 @@ from megatron.training.state import NEEDED_BY_WEIGHTS, TrainState, check_setting
 from megatron.training.step import ForwardStep, NonFiniteError, StepResult, TrainStep
 from megatron.training.stop import StopRequest
 
-CHECKPOINTS = "checkpoints"
-"""Folder of the checkpoints below --save."""
 EXIT_FILE = "exit.json"
 """How a run that ended in order did: {"status": "finished" or "stopped", "iteration", "reason"}. Launchers read it."""
 OTHER_RANK = "a signal to another rank"
@@ -165,7 +170,10 @@ class Run:
         self._stop = stop
         self._stop_asked = False
         """Some rank has been asked to stop, and all know."""
-        self._train_step = TrainStep(state.model, state.optimizer, state.scaler, forward_step, config, world)
+        self._train_step = TrainStep(
+            state.model, state.optimizer, state.scaler, forward_step,
+            config.training, config.optimizer, config.parallel, world,
+        )  # fmt: skip
         self._started = time.monotonic() - state.elapsed_seconds
         self._saved_iteration: int | None = None
 
@@ -281,6 +289,7 @@ class Run:
     def _validate(self) -> None:
         """Validate between two steps; where a stop cuts it short, a resume begins with it."""
         self.state.validation_due = not self._evaluate(self._datasets.validation, "validation")
+        self._stop_asked |= self.state.validation_due
 
     def _evaluate(self, dataset: Dataset | None, event: str) -> bool:
         """Loss at full length, logged; nothing where there is no such split. False where a stop cut it short."""
@@ -397,9 +406,7 @@ def find_checkpoint(config: CheckpointConfig, world: World, console: ProgressLin
     """The newest checkpoint below --load, or the one that it names; None where the run starts from scratch."""
     if config.load is None:
         return None
-    directory = Path(config.load)
-    if (directory / CHECKPOINTS).is_dir():
-        directory = directory / CHECKPOINTS
+    directory = checkpoints_in(Path(config.load))
 
     def find() -> str | None:
         path = find_latest(directory, console.message) if directory.is_dir() else None

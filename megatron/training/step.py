@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron.config import Config, TrainingConfig
+from megatron.config import OptimizerConfig, ParallelConfig, TrainingConfig
 from megatron.data.batch import Batch
 from megatron.distributed.parallelize import before_backward
 from megatron.distributed.world import World
@@ -98,7 +98,9 @@ class TrainStep:
         optimizer: torch.optim.AdamW,
         scaler: LossScaler,
         forward_step: ForwardStep,
-        config: Config,
+        training: TrainingConfig,
+        optimizer_config: OptimizerConfig,
+        parallel: ParallelConfig,
         world: World,
     ) -> None:
         self.model = model
@@ -106,9 +108,9 @@ class TrainStep:
         self.scaler = scaler
         self.world = world
         self._forward_step = forward_step
-        self._training = config.training
-        self._parallel = config.parallel
-        self._max_norm = config.optimizer.clip_grad
+        self._training = training
+        self._parallel = parallel
+        self._max_norm = optimizer_config.clip_grad
 
     def __call__(self, batch: Batch, step: StepPlan, *, stop_asked: bool = False) -> StepResult:
         """Train on `batch`, this rank's share of the step (full length, on the host), as `step` says.
