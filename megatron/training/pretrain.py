@@ -131,6 +131,7 @@ def open_data(config: Config) -> tuple[Vocabulary, Datasets]:
         seq_length=config.model.seq_length,
         seed=config.training.seed,
         vocab_size=vocabulary.size,
+        timeout=60 * config.parallel.distributed_timeout_minutes,
     )
     return vocabulary, datasets
 
