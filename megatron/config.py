@@ -508,6 +508,12 @@ class CheckpointConfig:
     """Save every so many tokens."""
     finetune: bool = False
     """Load weights only and start at step 0, in a new --save directory."""
+    keep_last: int | None = None
+    """Delete older checkpoints after a save, but for the newest so many whole ones (default: keep all)."""
+    keep_every: Count | None = None
+    """Never delete the checkpoint of an iteration that is a multiple of this."""
+    load_fallback: bool = False
+    """Where the newest checkpoint is damaged, go back to an older whole one."""
     async_save: bool = False
     """Write checkpoints in the background while training goes on."""
     save_optim: bool = True
@@ -526,7 +532,15 @@ class CheckpointConfig:
             self.save_interval is None or self.save_interval_tokens is None,
             "--save-interval and --save-interval-tokens both say when to save: give one",
         )
-        for name in ("save_interval", "save_interval_tokens"):
+        require(
+            self.keep_last is None or self.keep_last >= 2,
+            f"--keep-last {self.keep_last} must be at least 2: should the newest be damaged, there is another",
+        )
+        require(
+            self.keep_every is None or self.keep_last is not None,
+            "--keep-every names exceptions from --keep-last: give that too",
+        )
+        for name in ("save_interval", "save_interval_tokens", "keep_every"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"--{name.replace('_', '-')} {value} must be at least 1")
 
