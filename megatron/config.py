@@ -6,7 +6,7 @@ its help, a `bool` is `--x/--no-x`. A room of the program gets its section, neve
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 from megatron.errors import UserError
@@ -194,6 +194,8 @@ class TrainingConfig:
     """Stop at the first step where the samples drawn reach this."""
     exit_interval: Count | None = None
     """Save and leave after every so many iterations, to be started again."""
+    exit_duration_in_mins: float | None = None
+    """Save and leave after so many minutes, to be started again."""
     global_batch_size: int = 512
     """Sequences an optimizer step, over all micro-batches."""
     micro_batch_size: int | None = None
@@ -243,6 +245,8 @@ class TrainingConfig:
         ):
             value = getattr(self, name)
             require(value is None or value >= 1, f"--{name.replace('_', '-')} {value} must be at least 1")
+        minutes = self.exit_duration_in_mins
+        require(minutes is None or minutes > 0, f"--exit-duration-in-mins {minutes} must be positive")
         require(self.global_batch_size >= 1, f"--global-batch-size {self.global_batch_size} must be at least 1")
         require(
             self.micro_batch_size is None or self.micro_batch_tokens is None,
@@ -282,6 +286,29 @@ class TrainingConfig:
             return size
         budget = self.micro_batch_tokens or size * seq_length
         return max(1, budget // seqlen)
+
+
+@dataclass(frozen=True)
+class FaultConfig:
+    """Faults of training"""
+
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What to do when a loss or a gradient is NaN or infinite: end the run before the update, or skip the update. The
+    batch is written to SAVE/faults either way."""
+    nonfinite_limit: int = 10
+    """With --on-nonfinite skip, end the run after so many such steps in a row."""
+    on_spike: Literal["log", "rollback"] = "log"
+    """What to do when the loss ratio exceeds --spike-ratio: log it, or go back to the last checkpoint and skip the
+    samples of that step."""
+    spike_ratio: float = 1.5
+    """Loss of a step over the least one before it, from which it is a spike."""
+    max_rollbacks: int = 3
+    """With --on-spike rollback, only log spikes after so many rollbacks."""
+
+    def __post_init__(self) -> None:
+        require(self.nonfinite_limit >= 1, f"--nonfinite-limit {self.nonfinite_limit} must be at least 1")
+        require(self.spike_ratio > 1, f"--spike-ratio {self.spike_ratio} must be above 1")
+        require(self.max_rollbacks >= 1, f"--max-rollbacks {self.max_rollbacks} must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -544,6 +571,10 @@ class CheckpointConfig:
             value = getattr(self, name)
             require(value is None or value >= 1, f"--{name.replace('_', '-')} {value} must be at least 1")
 
+    def rolling_back(self) -> CheckpointConfig:
+        """To load from what this run has saved itself."""
+        return replace(self, load=self.save)
+
     def interval(self) -> Duration | None:
         """Distance between checkpoints; None where nothing is saved."""
         if self.save is None:
@@ -576,6 +607,7 @@ class Config:
     seqlen_warmup: SeqlenWarmupConfig = field(default_factory=SeqlenWarmupConfig)
     training: TrainingConfig = field(default_factory=lambda: TrainingConfig(train_tokens=1))
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    faults: FaultConfig = field(default_factory=FaultConfig)
     learning_rate: LearningRateConfig = field(default_factory=LearningRateConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -586,6 +618,10 @@ class Config:
 
     def __post_init__(self) -> None:
         self.seqlen_warmup.check(self.model.seq_length)
+        require(
+            self.faults.on_spike == "log" or self.checkpoint.save is not None,
+            "--on-spike rollback goes back to checkpoints: give --save DIR",
+        )
         heads, tp = self.model.num_attention_heads, self.parallel.tensor_model_parallel_size
         divisors = [str(n) for n in range(1, heads + 1) if heads % n == 0]
         require(

@@ -90,6 +90,10 @@ class MetricsLogger:
             scalars |= _by_position(f"loss_by_position/{event}", entry)
             self._tensorboard.log(entry, scalars)
 
+    def log_event(self, entry: Mapping[str, Any], *, event: str) -> None:
+        """Write something that happened (spike, rollback) to metrics.jsonl."""
+        self._write({"event": event, **entry})
+
     def events_at(self, iteration: int) -> set[str]:
         """The events (validation, test) that the log holds for `iteration`."""
         if self._path is None:

@@ -80,21 +80,29 @@ class BadDocument:
 
 @dataclass
 class ReadPosition:
-    """How far the reading of all files has come, in bytes as they stand on the disk, for the progress line."""
+    """How far the reading of all files has come, in bytes as they stand on the disk."""
 
     total: int = 0
     finished: int = 0
+    items: list[int] = field(default_factory=list)
+    """How many chunks and bad documents each finished file has given."""
+    _begin: int = 0
+    """Where the reading began, if not at the first byte."""
     _open: IO[bytes] | None = field(default=None, repr=False)
 
     def fraction(self) -> float | None:
-        """From 0 to 1; None while a pipe is read, which has no size."""
+        """From 0 to 1, of what there was to read; None while a pipe is read, which has no size."""
+        here = self._here()
+        return None if here is None else min(1.0, (here - self._begin) / max(1, self.total - self._begin))
+
+    def begin_here(self) -> None:
+        """What lies before has been read by an earlier process."""
+        self._begin = self._here() or 0
+
+    def _here(self) -> int | None:
         if self._open is None or self._open.closed:
-            here = 0
-        elif self._open.seekable():
-            here = self._open.tell()
-        else:
-            return None
-        return min(1.0, (self.finished + here) / max(1, self.total))
+            return self.finished
+        return self.finished + self._open.tell() if self._open.seekable() else None
 
 
 def find_inputs(
@@ -146,28 +154,49 @@ def read_chunks(
     keys: Sequence[str],
     max_document_bytes: int,
     position: ReadPosition,
+    skip: int = 0,
 ) -> Iterator[Chunk | BadDocument]:
     """The records of all files in their order; a record that is much larger than `max_document_bytes`, and a file
     without any, as a BadDocument in its place. UserError for a file that cannot be read or unpacked.
+
+    To go on where an earlier reading was: the files that `position.items` counts already are not opened, and the
+    first `skip` items of the next one are read and not given.
     """
     position.total = sum(file.path.stat().st_size for file in files)
-    for file in files:
+    before = len(position.items)
+    position.finished = sum(file.path.stat().st_size for file in files[:before])
+    position.begin_here()
+    for file in files[before:]:
         try:
             with file.path.open("rb") as raw:
                 position._open = raw
-                records = 0
-                for item in _READERS[file.unit](file, raw, keys, max_document_bytes):
-                    if not _is_blank(item):
-                        records += 1
+                number = 0
+                for number, item in enumerate(_items(file, raw, keys, max_document_bytes), start=1):
+                    if number > skip:
                         yield item
-            if records == 0:
-                yield BadDocument(str(file.path), "the file is empty: it holds no document")
+                    elif number == skip:
+                        position.begin_here()
+                position.items.append(number)
+                skip = 0
         except DAMAGED as error:
             raise UserError(f"{file.path}: is damaged or cut short, it cannot be unpacked ({error})") from None
         except OSError as error:
             raise UserError(f"{file.path}: cannot be read ({error.strerror or error})") from None
         position.finished += file.path.stat().st_size
         position._open = None
+
+
+def _items(
+    file: InputFile, raw: IO[bytes], keys: Sequence[str], max_document_bytes: int
+) -> Iterator[Chunk | BadDocument]:
+    """The chunks and bad documents of one file, at least one."""
+    empty = True
+    for item in _READERS[file.unit](file, raw, keys, max_document_bytes):
+        if not _is_blank(item):
+            empty = False
+            yield item
+    if empty:
+        yield BadDocument(str(file.path), "the file is empty: it holds no document")
 
 
 def _is_blank(item: Chunk | BadDocument) -> bool:

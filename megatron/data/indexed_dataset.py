@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+import zlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron.errors import UserError
+from megatron.files import crc32_of
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -46,6 +48,8 @@ _DTYPES: dict[int, np.dtype[Any]] = {
 }
 _CHECKED_AT_ONCE = 1 << 22
 """Sequences or tokens per step of a pass over a whole file: it bounds the memory."""
+_SAMPLES = 16
+_SAMPLE_BYTES = 4096
 
 
 def dtype_code(dtype: npt.DTypeLike) -> int:
@@ -67,6 +71,20 @@ def paths_of(prefix: str | Path) -> tuple[Path, Path, Path]:
     return Path(f"{prefix}.bin"), Path(f"{prefix}.idx"), Path(f"{prefix}.json")
 
 
+def sample_crc32(path: Path) -> int:
+    """zlib.crc32 over blocks spread evenly over the file, its first and its last bytes among them.
+
+    Other data of the same size is told apart without reading all of it. Raises OSError.
+    """
+    last = max(0, path.stat().st_size - _SAMPLE_BYTES)
+    value = 0
+    with path.open("rb", buffering=0) as stream:
+        for number in range(_SAMPLES):
+            stream.seek(last * number // (_SAMPLES - 1))
+            value = zlib.crc32(stream.read(_SAMPLE_BYTES), value)
+    return value
+
+
 @dataclass(frozen=True)
 class Sidecar:
     """What PREFIX.json says of the dataset and of the tokenizer that made it."""
@@ -80,31 +98,41 @@ class Sidecar:
     bin_bytes: int
     bin_crc32: int
     """zlib.crc32 of the .bin."""
+    bin_sample_crc32: int | None = None
+    """`sample_crc32` of the .bin. None in datasets made before it was written, as the next one."""
+    idx_crc32: int | None = None
+    """zlib.crc32 of the .idx."""
     tokenizer: str | None = None
     tokenizer_fingerprint: str | None = None
     vocab_size: int | None = None
     eod: int | None = None
 
     def to_json(self) -> str:
-        """One JSON object, with the version of its schema."""
-        return json.dumps({"schema": SIDECAR_SCHEMA, **vars(self)}, indent=1) + "\n"
+        """One JSON object, with the version of its schema and, last, its own digest."""
+        return json.dumps({"schema": SIDECAR_SCHEMA, **vars(self), "crc32": self._digest()}, indent=1) + "\n"
+
+    def _digest(self) -> int:
+        return zlib.crc32(json.dumps(vars(self)).encode())
 
     @classmethod
     def read(cls, path: Path) -> Sidecar | None:
-        """The sidecar at `path`; None where there is none of this schema."""
+        """The sidecar at `path`; None where there is none of this schema, or a damaged one."""
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return None
         if not isinstance(fields, dict) or fields.pop("schema", None) != SIDECAR_SCHEMA:
             return None
+        digest = fields.pop("crc32", None)
         counts = ("documents", "sequences", "tokens", "max_token_id", "bin_bytes", "bin_crc32")
         if any(type(fields.get(name)) is not int for name in counts):
             return None
         try:
-            return cls(**fields)
+            sidecar = cls(**fields)
         except TypeError:
             return None
+        whole = digest == sidecar._digest() if sidecar.idx_crc32 is not None else digest is None
+        return sidecar if whole else None
 
 
 class IndexedDataset:
@@ -146,6 +174,8 @@ class IndexedDataset:
             np.memmap(self.bin_path, mode="r", dtype=self.dtype) if found else np.empty(0, dtype=self.dtype)
         )
         """All tokens, `[num_tokens]`, of `dtype`, read-only."""
+        self.sidecar = self._read_sidecar()
+        """PREFIX.json; None where there is none or it describes other files."""
 
     def __len__(self) -> int:
         """Number of sequences."""
@@ -174,16 +204,6 @@ class IndexedDataset:
     @cached_property
     def _document_bounds(self) -> npt.NDArray[np.int64]:
         return np.append(self.pointers_in_tokens, self.num_tokens)[self.documents]
-
-    @cached_property
-    def sidecar(self) -> Sidecar | None:
-        """PREFIX.json; None where there is none or it describes other files."""
-        sidecar = Sidecar.read(self.sidecar_path)
-        if sidecar is None:
-            return None
-        here = (self.document_count, len(self), self.num_tokens, self.bin_path.stat().st_size)
-        described = (sidecar.documents, sidecar.sequences, sidecar.tokens, sidecar.bin_bytes)
-        return sidecar if here == described and sidecar.dtype == self.dtype.name else None
 
     @cached_property
     def fingerprint(self) -> str:
@@ -226,6 +246,26 @@ class IndexedDataset:
                 raise UserError(f"{self.bin_path}: expected token ids from 0, found {smallest}; {_AGAIN}")
             largest = max(largest, int(tokens.max()))
         return largest
+
+    def _read_sidecar(self) -> Sidecar | None:
+        """The sidecar, if it is that of these two files; UserError where it is that of one of them only."""
+        sidecar = Sidecar.read(self.sidecar_path)
+        if sidecar is None:
+            return None
+        here = (self.document_count, len(self), self.num_tokens, self.bin_path.stat().st_size)
+        described = (sidecar.documents, sidecar.sequences, sidecar.tokens, sidecar.bin_bytes)
+        counts = here == described and sidecar.dtype == self.dtype.name
+        if sidecar.idx_crc32 is None:
+            return sidecar if counts else None
+        of_index = crc32_of(self.idx_path) == f"{sidecar.idx_crc32:08x}"
+        of_tokens = sample_crc32(self.bin_path) == sidecar.bin_sample_crc32
+        if of_index != of_tokens:
+            other = self.bin_path if of_index else self.idx_path
+            raise UserError(
+                f"{other}: expected the file that {self.sidecar_path.name} describes, found another or a damaged one: "
+                f"the three files of {self.prefix} do not belong together; put the right one back, or {_AGAIN}"
+            )
+        return sidecar if of_index and counts else None
 
     def _read_header(self) -> tuple[np.dtype[Any], int, int]:
         """(type of the tokens, number of sequences, number of document indices), checked against the file's size."""

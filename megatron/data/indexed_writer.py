@@ -7,7 +7,8 @@ import errno
 import fcntl
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -15,24 +16,50 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron.data.indexed_dataset import HEADER, MAGIC, VERSION, Sidecar, dtype_code, paths_of
+from megatron.data.indexed_dataset import HEADER, MAGIC, VERSION, Sidecar, dtype_code, paths_of, sample_crc32
 from megatron.errors import UserError
-from megatron.files import file_errors, fsync_directory
+from megatron.files import crc32_of, file_errors, fsync_directory
 from megatron.tokenizer.base import Tokenizer
+
+
+@dataclass(frozen=True)
+class PartWritten:
+    """The beginning of a dataset that `IndexedDatasetWriter.save` has brought to the disk, under temporary names."""
+
+    documents: int
+    """Of one sequence each."""
+    tokens: int
+    max_token_id: int
+    bin_crc32: int
+    sizes_crc32: int
+    """zlib.crc32 of the documents' sizes, as they stand in the .idx."""
+
+
+class PartLostError(Exception):
+    """The temporary files do not hold the part to go on from."""
 
 
 class IndexedDatasetWriter:
     """Collects documents and, when the `with` block ends without an error, puts PREFIX.bin, .json and .idx in place.
 
     All is written under temporary names (`PREFIX.bin.tmp`), which a second writer of the same prefix finds locked, and
-    which go when the block ends with an error; what a killed process leaves of them, the next one overwrites. An old
-    .idx goes before the new .bin comes, and the new .idx comes last: an .idx never stands beside another's .bin.
+    which go when the block ends with an error, unless `save` was called; what a killed process leaves of them, the
+    next one overwrites or goes on from. An old .idx goes before the new .bin comes, and the new .idx comes last: an
+    .idx never stands beside another's .bin.
     """
 
-    def __init__(self, prefix: str | Path, dtype: npt.DTypeLike, tokenizer: Tokenizer | None = None) -> None:
+    def __init__(
+        self,
+        prefix: str | Path,
+        dtype: npt.DTypeLike,
+        tokenizer: Tokenizer | None = None,
+        *,
+        part: PartWritten | None = None,
+    ) -> None:
         """Write `prefix` with tokens of `dtype`; what `tokenizer` is goes into PREFIX.json.
 
-        ValueError for a dtype that the format does not have.
+        With `part`, which an earlier writer's `save` returned, go on after it; entering then raises PartLostError where
+        it is not on the disk any more. ValueError for a dtype that the format does not have.
         """
         self.prefix = Path(prefix)
         self.dtype = np.dtype(dtype).newbyteorder("<")
@@ -43,6 +70,10 @@ class IndexedDatasetWriter:
         self._sizes: list[npt.NDArray[np.int32]] = []
         self._documents: list[npt.NDArray[np.int64]] = [np.zeros(1, dtype=np.int64)]
         self._crc = 0
+        self._part = part
+        self._sizes_crc = 0
+        self._single_sequences = True
+        self._saved = 0  # how many of `_sizes` stand in the .idx.tmp
         self.max_token_id = -1
         self.num_sequences = 0
         self.num_documents = 0
@@ -52,6 +83,15 @@ class IndexedDatasetWriter:
         with file_errors("write", self._bin_path):
             self._bin_path.parent.mkdir(parents=True, exist_ok=True)
             self._bin = _open_locked(_temporary(self._bin_path))
+            try:
+                if self._part is None:
+                    self._bin.truncate(0)
+                    _temporary(self._idx_path).unlink(missing_ok=True)
+                else:
+                    self._go_on(self._part)
+            except BaseException:
+                self._bin.close()
+                raise
         return self
 
     def __exit__(
@@ -64,7 +104,7 @@ class IndexedDatasetWriter:
                 self._commit()
                 finished = True
         finally:
-            if not finished:  # the .bin.tmp last: it carries the lock
+            if not finished and self._part is None:  # the .bin.tmp last: it carries the lock
                 for path in (self._idx_path, self._sidecar_path, self._bin_path):
                     _temporary(path).unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # a full disk has been reported before
@@ -104,9 +144,57 @@ class IndexedDatasetWriter:
             self._stream.write(content)
         self._sizes.append(sizes.astype(np.int32))
         self._documents.append(documents)
+        self._single_sequences &= sizes.size == documents.size
         self.num_sequences += sizes.size
         self.num_documents += documents.size
         self.num_tokens += tokens.size
+
+    def save(self) -> PartWritten:
+        """Bring what has been added to the disk, and keep it there whatever comes: a later writer can go on from it.
+
+        ValueError where a document is not of one sequence.
+        """
+        if not self._single_sequences:
+            raise ValueError("only documents of one sequence each can be saved in part")
+        index = _temporary(self._idx_path)
+        with file_errors("write", self._bin_path):
+            self._stream.flush()
+            os.fsync(self._stream.fileno())
+        with file_errors("write", self._idx_path), index.open("ab") as stream:
+            if stream.tell() == 0:
+                stream.write(bytes(HEADER.size))
+            for sizes in self._sizes[self._saved :]:
+                content = sizes.astype("<i4").tobytes()
+                self._sizes_crc = zlib.crc32(content, self._sizes_crc)
+                stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        self._saved = len(self._sizes)
+        self._part = PartWritten(self.num_documents, self.num_tokens, self.max_token_id, self._crc, self._sizes_crc)
+        return self._part
+
+    def _go_on(self, part: PartWritten) -> None:
+        """Cut the temporary files back to `part` and take it up, if they hold it."""
+        tokens, index = _temporary(self._bin_path), _temporary(self._idx_path)
+        sizes_end = HEADER.size + 4 * part.documents
+        if not index.exists():
+            raise PartLostError(f"{index} is missing")
+        for path, size in ((tokens, part.tokens * self.dtype.itemsize), (index, sizes_end)):
+            if path.stat().st_size < size:
+                raise PartLostError(f"{path} is shorter than it was")
+            os.truncate(path, size)
+        sizes = np.fromfile(index, dtype="<i4", offset=HEADER.size)
+        for path, found, expected in (
+            (tokens, crc32_of(tokens), part.bin_crc32),
+            (index, f"{zlib.crc32(sizes):08x}", part.sizes_crc32),
+        ):
+            if found != f"{expected:08x}":
+                raise PartLostError(f"{path} is not what it was")
+        self._sizes, self._saved = [sizes], 1
+        self._documents.append(np.arange(1, part.documents + 1, dtype=np.int64))
+        self._crc, self._sizes_crc = part.bin_crc32, part.sizes_crc32
+        self.num_documents = self.num_sequences = part.documents
+        self.num_tokens, self.max_token_id = part.tokens, part.max_token_id
 
     @property
     def _stream(self) -> IO[bytes]:
@@ -119,10 +207,12 @@ class IndexedDatasetWriter:
         with file_errors("write", self._bin_path):
             self._stream.flush()
             os.fsync(self._stream.fileno())
-        with file_errors("write", self._sidecar_path):
-            _write_durably(_temporary(self._sidecar_path), [self._sidecar().to_json().encode()])
         with file_errors("write", self._idx_path):
-            _write_durably(_temporary(self._idx_path), self._index())
+            idx_crc32 = _write_durably(_temporary(self._idx_path), self._index())
+        with file_errors("write", self._sidecar_path):
+            sidecar = self._sidecar(sample_crc32(_temporary(self._bin_path)), idx_crc32)
+            _write_durably(_temporary(self._sidecar_path), [sidecar.to_json().encode()])
+        with file_errors("write", self._idx_path):
             self._idx_path.unlink(missing_ok=True)
             fsync_directory(self._idx_path.parent)
             for path in (self._bin_path, self._sidecar_path, self._idx_path):
@@ -142,7 +232,7 @@ class IndexedDatasetWriter:
         for documents in self._documents:
             yield documents.astype("<i8").tobytes()
 
-    def _sidecar(self) -> Sidecar:
+    def _sidecar(self, bin_sample_crc32: int, idx_crc32: int) -> Sidecar:
         tokenizer = self._tokenizer
         return Sidecar(
             documents=self.num_documents,
@@ -152,6 +242,8 @@ class IndexedDatasetWriter:
             max_token_id=self.max_token_id,
             bin_bytes=self.num_tokens * self.dtype.itemsize,
             bin_crc32=self._crc,
+            bin_sample_crc32=bin_sample_crc32,
+            idx_crc32=idx_crc32,
             tokenizer=tokenizer.name if tokenizer else None,
             tokenizer_fingerprint=tokenizer.fingerprint if tokenizer else None,
             vocab_size=tokenizer.vocab_size if tokenizer else None,
@@ -164,7 +256,7 @@ def _temporary(path: Path) -> Path:
 
 
 def _open_locked(path: Path) -> IO[bytes]:
-    """Open `path` empty, for this process alone; UserError where another writes it."""
+    """Open `path` for appending, for this process alone; UserError where another writes it."""
     stream = path.open("ab")
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -178,13 +270,17 @@ def _open_locked(path: Path) -> IO[bytes]:
     if not path.exists() or not os.path.samestat(os.fstat(stream.fileno()), path.stat()):
         stream.close()  # the other has renamed it between our opening and our locking: it is now a finished .bin
         raise UserError(f"{path}: another process has just finished it; start again")
-    stream.truncate(0)
     return stream
 
 
-def _write_durably(path: Path, parts: Iterator[bytes] | list[bytes]) -> None:
-    with path.open("wb") as stream:
+def _write_durably(path: Path, parts: Iterable[bytes]) -> int:
+    """Write `path` over what it holds, which stays until it is written over; the CRC-32 of its content."""
+    crc = 0
+    with path.open("r+b" if path.exists() else "wb") as stream:
         for part in parts:
             stream.write(part)
+            crc = zlib.crc32(part, crc)
+        stream.truncate()
         stream.flush()
         os.fsync(stream.fileno())
+    return crc

@@ -1,11 +1,13 @@
 """Raw text to PREFIX_KEY_document.bin/.idx: worker processes parse and encode, this one reads and writes.
 
-The files are the same byte for byte whatever the number of workers, and so is the first error.
+The files are the same byte for byte whatever the number of workers, and so is the first error. A long run saves its
+point from time to time; the same command goes on from there after a crash, and ends with the same files.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import multiprocessing
 import os
 import signal
@@ -17,6 +19,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,11 +38,17 @@ from megatron.data.documents import (
     read_chunks,
 )
 from megatron.data.indexed_dataset import best_dtype
-from megatron.data.indexed_writer import IndexedDatasetWriter
+from megatron.data.indexed_writer import IndexedDatasetWriter, PartLostError
 from megatron.data.progress_line import ProgressLine
+from megatron.data.resuming import ResumePoint, describe, read_point
 from megatron.errors import UserError
 from megatron.tokenizer.base import Tokenizer
 from megatron.tokenizer.build import TokenizerFiles
+
+SAVE_SECONDS = 30.0
+"""A run saves its point this often, so it loses no more to a crash."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -115,33 +124,82 @@ class _Encoded:
 def preprocess(config: PreprocessConfig) -> Summary:
     """Encode every document of `config.input` into one dataset for each key.
 
-    UserError for bad input, naming the file and line, and where a worker dies; then nothing stands under a final name.
+    UserError for bad input, naming the file and line, and where a worker dies; then nothing stands under a final name,
+    and what was saved before is kept under temporary ones, for the same command to go on from.
     """
     tokenizer = config.tokenizer.build()
-    dtype = best_dtype(tokenizer.vocab_size)
     files = find_inputs(config.input, config.input_format, config.text_unit)
-    summary = Summary([f"{config.output_prefix}_{key}_document" for key in config.json_keys])
-    position = ReadPosition()
-    started = time.monotonic()
-    with contextlib.ExitStack() as stack:
-        writers = [stack.enter_context(IndexedDatasetWriter(prefix, dtype, tokenizer)) for prefix in summary.prefixes]
-        line = stack.enter_context(ProgressLine(config.log_interval, position))
-        chunks = read_chunks(files, config.json_keys, config.max_document_bytes, position)
-        for encoded in stack.enter_context(contextlib.closing(_encode_all(chunks, config, tokenizer))):
-            for bad in encoded.bad:
-                summary.skipped.append(bad)
-                if len(summary.skipped) > config.skip_bad:
-                    raise UserError(_too_many(summary.skipped, config.skip_bad))
-            for writer, tokens, lengths in zip(writers, encoded.tokens, encoded.lengths, strict=True):
-                writer.add_documents(tokens, lengths)
-            summary.documents += encoded.documents
-            summary.input_bytes += encoded.size
-            line.update(summary.documents, summary.input_bytes)
-        if summary.documents == 0:
-            raise UserError(_nothing(files, summary.skipped))
-        summary.tokens = sum(writer.num_tokens for writer in writers)
-    summary.seconds = time.monotonic() - started
+    prefixes = [f"{config.output_prefix}_{key}_document" for key in config.json_keys]
+    point_path = Path(f"{prefixes[0]}.progress.tmp")
+    run = describe(files, config.json_keys, tokenizer, config.append_eod, config.max_document_bytes)
+    point = read_point(point_path, run)
+    try:
+        summary = _preprocess(config, tokenizer, files, prefixes, point_path, point or ResumePoint(run))
+    except PartLostError as error:
+        logger.warning("%s: starting from the beginning", error)
+        summary = _preprocess(config, tokenizer, files, prefixes, point_path, ResumePoint(run))
+    point_path.unlink(missing_ok=True)
     return summary
+
+
+def _preprocess(
+    config: PreprocessConfig,
+    tokenizer: Tokenizer,
+    files: Sequence[InputFile],
+    prefixes: list[str],
+    point_path: Path,
+    point: ResumePoint,
+) -> Summary:
+    """`preprocess` from `point` on. PartLostError where the files do not hold what it says."""
+    dtype = best_dtype(tokenizer.vocab_size)
+    summary = Summary(prefixes, documents=point.documents, input_bytes=point.input_bytes)
+    position = ReadPosition(items=list(point.items))
+    items = sum(point.items) + point.skip
+    can_be_read_again = all(file.path.is_file() for file in files)  # a pipe cannot
+    started = saved = time.monotonic()
+    try:
+        with contextlib.ExitStack() as stack:
+            writers = [
+                stack.enter_context(IndexedDatasetWriter(prefix, dtype, tokenizer, part=part))
+                for prefix, part in zip(prefixes, point.parts or [None] * len(prefixes), strict=True)
+            ]
+            if point.parts:
+                logger.warning("%s: going on after the first %s documents", point_path, f"{point.documents:,}")
+            else:
+                point_path.unlink(missing_ok=True)
+            line = stack.enter_context(ProgressLine(config.log_interval, position))
+            _count_bad(summary, point.skipped, config.skip_bad)
+            chunks = read_chunks(files, config.json_keys, config.max_document_bytes, position, point.skip)
+            for encoded in stack.enter_context(contextlib.closing(_encode_all(chunks, config, tokenizer))):
+                _count_bad(summary, encoded.bad, config.skip_bad)
+                for writer, tokens, lengths in zip(writers, encoded.tokens, encoded.lengths, strict=True):
+                    writer.add_documents(tokens, lengths)
+                summary.documents += encoded.documents
+                summary.input_bytes += encoded.size
+                items += 1
+                line.update(summary.documents - point.documents, summary.input_bytes - point.input_bytes)
+                if can_be_read_again and time.monotonic() - saved >= SAVE_SECONDS:
+                    seconds = point.seconds + time.monotonic() - started
+                    parts = [writer.save() for writer in writers]
+                    ResumePoint.after(items, position, point.run, summary, seconds, parts).write(point_path)
+                    saved = time.monotonic()
+            if summary.documents == 0:
+                raise UserError(_nothing(files, summary.skipped))
+            summary.tokens = sum(writer.num_tokens for writer in writers)
+    except BaseException as error:
+        if point_path.exists() and not isinstance(error, PartLostError):
+            logger.warning("%s: the same command goes on from what is saved", point_path)
+        raise
+    summary.seconds = point.seconds + time.monotonic() - started
+    return summary
+
+
+def _count_bad(summary: Summary, bad: Sequence[BadDocument], allowed: int) -> None:
+    """Add `bad` to what was skipped; UserError where that is more than allowed."""
+    for document in bad:
+        summary.skipped.append(document)
+        if len(summary.skipped) > allowed:
+            raise UserError(_too_many(summary.skipped, allowed))
 
 
 def _too_many(skipped: list[BadDocument], allowed: int) -> str:

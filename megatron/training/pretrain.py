@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,19 +11,13 @@ from typing import Any
 import numpy as np
 
 from megatron.arguments import to_yaml
-from megatron.checkpointing.checkpoint import check_space, load_checkpoint
 from megatron.checkpointing.commit import (
     CHECKPOINTS,
-    checkpoints_in,
-    damaged_checkpoints,
-    find_latest,
-    reap_temporary,
-    set_aside_newer,
 )
-from megatron.checkpointing.rng import capture_rng, restore_rng
+from megatron.checkpointing.rng import capture_rng
 from megatron.checkpointing.saver import Saver
-from megatron.checkpointing.state import collect, restore
-from megatron.config import CheckpointConfig, Config
+from megatron.checkpointing.state import collect
+from megatron.config import Config
 from megatron.console import ProgressLine, format_count
 from megatron.data.batch import Batch
 from megatron.data.blending import parse_data_path
@@ -34,15 +28,25 @@ from megatron.distributed.launch import connect, under_torchrun
 from megatron.distributed.parallelize import place
 from megatron.distributed.watch import Watch
 from megatron.distributed.world import World
-from megatron.errors import EXIT_FINISHED, EXIT_STOPPED, UserError
-from megatron.files import file_errors, write_atomic
-from megatron.metrics import METRICS_FILE, MetricsLogger
+from megatron.errors import EXIT_FINISHED, EXIT_STOPPED
+from megatron.metrics import MetricsLogger
 from megatron.model.flops import parameter_count
 from megatron.model.initialisation import initialise
 from megatron.optimizer.moment_statistics import MomentStatistics, moment_statistics
 from megatron.pacing.plan import Schedules, StepPlan, plan_run
 from megatron.progress import Duration, Progress
 from megatron.training.evaluation import evaluate
+from megatron.training.faults import FaultHandler
+from megatron.training.home import (
+    check_homes,
+    find_checkpoint,
+    layout_name,
+    open_home,
+    resume,
+    stop_file,
+    write_exit,
+)
+from megatron.training.owner import Owner
 from megatron.training.setup import (
     ModelProvider,
     Vocabulary,
@@ -50,12 +54,10 @@ from megatron.training.setup import (
     find_vocabulary,
     seed_generators,
 )
-from megatron.training.state import NEEDED_BY_WEIGHTS, TrainState, check_settings, guarded_settings
+from megatron.training.state import TrainState, guarded_settings
 from megatron.training.step import ForwardStep, NonFiniteError, StepResult, TrainStep
 from megatron.training.stop import StopRequest
 
-EXIT_FILE = "exit.json"
-"""How a run that ended in order did: {"status": "finished" or "stopped", "iteration", "reason"}. Launchers read it."""
 OTHER_RANK = "a signal to another rank"
 
 
@@ -86,8 +88,13 @@ def _pretrain(
         ProgressLine(
             name, target_tokens=target_tokens(config), log_interval=log.log_interval, silent=not world.is_main
         ) as console,
-        StopRequest() as stop,
+        StopRequest(minutes=config.training.exit_duration_in_mins, file=stop_file(config, world)) as stop,
+        ExitStack() as owned,
     ):
+        if config.checkpoint.save is not None:
+            owner = Owner(Path(config.checkpoint.save), console.message)
+            with watch.patient():
+                world.on_main(lambda: owned.enter_context(owner) and None)
         source = find_checkpoint(config.checkpoint, world, console)
         watch.at("building the model")
         state = world.everywhere(lambda: build_state(config, vocabulary.size, world, model_provider, console.message))
@@ -175,24 +182,25 @@ class Run:
             state.model, state.optimizer, state.scaler, forward_step,
             config.training, config.optimizer, config.parallel, world,
         )  # fmt: skip
+        self._faults = FaultHandler(config, state, world, datasets.train, saver, metrics, console)
         self._started = time.monotonic() - state.elapsed_seconds
         self._saved_iteration: int | None = None
 
     def train(self) -> int:
         """Step until a limit is reached or a stop is asked for."""
-        schedules, progress = self.schedules, self.state.progress
-        if self._world.device.type == "cuda" and not schedules.finished(progress):
+        schedules, state = self.schedules, self.state
+        if self._world.device.type == "cuda" and not schedules.finished(state.progress):
             self._train_step.reserve_memory(self._largest_batch())
-        if self.state.validation_due:
+        if state.validation_due:
             self._validate()
-        while not schedules.finished(progress):
-            before = replace(progress)
-            self.step(schedules.plan(progress))
-            if schedules.finished(progress):
+        while not schedules.finished(state.progress):
+            before = replace(state.progress)
+            self.step(schedules.plan(state.progress))
+            if schedules.finished(state.progress):
                 break
-            if crossed(self.config.evaluation.interval(), before, progress):
+            if crossed(self.config.evaluation.interval(), before, state.progress):
                 self._validate()
-            if crossed(self.config.checkpoint.interval(), before, progress):
+            if crossed(self.config.checkpoint.interval(), before, state.progress):
                 self.save()
             if reason := self._stop_reason():
                 self.save()
@@ -218,6 +226,8 @@ class Run:
         self._console.print_last()
         kept = self.config.checkpoint.save is not None
         self._leave("stopped", reason)
+        if self._world.is_main:
+            self._stop.answered()
         saved = f"saved at step {self.state.progress.iteration:,}" if kept else "nothing saved: no --save"
         self._console.message(f"stopped by {reason}; {saved}; start again with --load to go on")
         return EXIT_STOPPED
@@ -227,9 +237,8 @@ class Run:
         self._watch.at("the last save")
         self._saver.wait()
         if self.config.checkpoint.save is not None:
-            entry = {"status": status, "iteration": self.state.progress.iteration, "reason": reason}
-            marker = Path(self.config.checkpoint.save) / EXIT_FILE
-            self._world.on_main(lambda: write_atomic(marker, json.dumps(entry) + "\n"))
+            home, iteration = Path(self.config.checkpoint.save), self.state.progress.iteration
+            self._world.on_main(lambda: write_exit(home, status, iteration, reason))
 
     def step(self, plan: StepPlan) -> None:
         """One optimizer step, counted and logged."""
@@ -238,17 +247,15 @@ class Run:
         self._watch.at(f"step {progress.iteration + 1:,}")
         started = time.monotonic()
         batch, ranks = plan.global_batch_size, (self._world.dp_rank, self._world.layout.dp)
-        samples = self._loader.batch(progress.consumed_samples, batch, *ranks)
-        self._loader.prefetch(progress.consumed_samples + batch, batch, *ranks)
+        first = state.sample_number(progress.consumed_samples)
+        samples = self._loader.batch(first, batch, *ranks)
+        self._loader.prefetch(first + batch, batch, *ranks)
         try:
             result = self._train_step(self._batch(samples), plan, stop_asked=self._stop.reason is not None)
+            state.nonfinite_steps = 0
         except NonFiniteError as error:
-            first, last = progress.consumed_samples, progress.consumed_samples + batch - 1
-            raise self._world.fault(
-                f"step {progress.iteration + 1:,}: {error} on samples {first:,} to {last:,} (sequence length "
-                f"{plan.seqlen}, lr {plan.lr:.3g}); nothing was updated. Lower --lr, lengthen the warmups, or go "
-                "back to a checkpoint"
-            ) from None
+            self._faults.nonfinite(plan, first, error)
+            result = error.result
         self._stop_asked = result.stop_asked
         self.schedules.advance(progress, plan)
         interval = self.config.optimizer.moment_statistics_interval
@@ -256,10 +263,13 @@ class Run:
         moments = moment_statistics(state.optimizer, self._world) if due else None
         seconds = time.monotonic() - started
         state.training_seconds += seconds
-        self._log(plan, result, moments, seconds)
+        ratio = self._log(plan, result, moments, seconds)
+        self._faults.look_for_spike(plan, first, ratio)
 
-    def _log(self, plan: StepPlan, result: StepResult, moments: MomentStatistics | None, seconds: float) -> None:
-        """One object of metrics.jsonl, and the progress line."""
+    def _log(
+        self, plan: StepPlan, result: StepResult, moments: MomentStatistics | None, seconds: float
+    ) -> float | None:
+        """One object of metrics.jsonl, and the progress line; returns the loss ratio."""
         state = self.state
         progress = state.progress
         entry: dict[str, Any] = {
@@ -286,6 +296,8 @@ class Run:
         }
         self._metrics.log_step(entry)
         self._console.update(entry)
+        ratio: float | None = entry["loss_ratio"]
+        return ratio
 
     def _validate(self) -> None:
         """Validate between two steps; where a stop cuts it short, a resume begins with it."""
@@ -371,112 +383,10 @@ class Run:
 
 
 def crossed(interval: Duration | None, before: Progress, after: Progress) -> bool:
-    """Whether a multiple of `interval` lies in the step from `before` to `after`."""
-    if interval is None:
+    """Whether a multiple of `interval` lies in the step from `before` to `after`; never where that led back."""
+    if interval is None or after.iteration <= before.iteration:
         return False
     return interval.position(before) // interval.value != interval.position(after) // interval.value
-
-
-def check_homes(config: CheckpointConfig) -> None:
-    """Refuse, before anything is built, a --save that is not given or that holds another run."""
-    if config.save is None:
-        if config.save_interval is not None or config.save_interval_tokens is not None:
-            raise UserError("--save-interval needs --save DIR, the directory to save to")
-        return
-    home = Path(config.save)
-    log = home / METRICS_FILE
-    if not any((home / CHECKPOINTS).glob("iter_*")) and not (log.exists() and log.stat().st_size):
-        return
-    if not continues(config):
-        raise UserError(
-            f"--save {home} already holds a run: add --load {home} to continue it, or choose another directory"
-        )
-    if config.finetune:
-        raise UserError(f"--finetune starts a new run, but --save {home} already holds one: choose another directory")
-
-
-def continues(config: CheckpointConfig) -> bool:
-    """Whether --load lies in --save: the run, its checkpoints or one of them."""
-    if config.load is None or config.save is None:
-        return False
-    load, home = Path(config.load).resolve(), Path(config.save).resolve()
-    return load == home or home / CHECKPOINTS in (load, load.parent)
-
-
-def find_checkpoint(config: CheckpointConfig, world: World, console: ProgressLine) -> Path | None:
-    """The newest checkpoint below --load, or the one that it names; None where the run starts from scratch."""
-    if config.load is None:
-        return None
-    directory = checkpoints_in(Path(config.load))
-
-    def find() -> str | None:
-        path = find_latest(directory, console.message) if directory.is_dir() else None
-        if path is not None:
-            return str(path)
-        if not continues(config):
-            raise UserError(f"--load {config.load}: no checkpoint found there; give the run's directory or drop --load")
-        if damaged := damaged_checkpoints(directory):
-            raise UserError(
-                f"--load {config.load}: none of its {len(damaged)} checkpoints is whole (newest: {damaged[0].name}); "
-                "repair one, or move the directory away to start from scratch"
-            )
-        console.message(f"--load {config.load}: no checkpoint yet, starting from scratch")
-        return None
-
-    found = world.on_main(find)
-    return None if found is None else Path(found)
-
-
-def resume(
-    state: TrainState, path: Path, config: Config, settings: dict[str, Any], world: World, console: ProgressLine
-) -> None:
-    """Take over the checkpoint `path`, by whatever layout it was saved."""
-    options = config.checkpoint
-    checkpoint = load_checkpoint(path, world=world)
-    guarded = {n: v for n, v in settings.items() if n in NEEDED_BY_WEIGHTS} if options.finetune else settings
-    for line in world.everywhere(
-        lambda: check_settings(checkpoint.state["settings"], guarded, options.override, str(path))
-    ):
-        console.message(f"--override {line}")
-    weights_only = options.finetune or not options.load_optim
-    restore(state.model, None if weights_only else state.optimizer, path, world=world)
-    if options.finetune:
-        console.message(f"weights of {path}")
-        return
-    state.load_dict(checkpoint.state)
-    saved, now = checkpoint.state["layout"], layout_name(config, world)
-    console.message(f"resumed from {path}: step {checkpoint.iteration:,}")
-    if saved != now:
-        console.message(
-            f"saved as {saved}, now {now}: the state is resharded; the order of the data is the same, rounding and "
-            "dropout are not: not bit for bit"
-        )
-    generators = checkpoint.state["rng"] if options.load_rng else None
-    if generators is not None and saved == now:
-        restore_rng(generators[world.rank])  # last: nothing may draw after it
-
-
-def layout_name(config: Config, world: World) -> str:
-    """What of the layout decides the last bits of a step."""
-    return f"{world.layout}{' sequence parallel' if config.parallel.sequence_parallel else ''}"
-
-
-def open_home(config: Config, state: TrainState, console: ProgressLine) -> None:
-    """Make the run's directory ready, if --save names one, and write its config.yaml.
-
-    Raises:
-        UserError: where it cannot take a checkpoint.
-    """
-    if config.checkpoint.save is None:
-        return
-    home = Path(config.checkpoint.save)
-    directory = home / CHECKPOINTS
-    reap_temporary(directory, console.message)
-    set_aside_newer(directory, state.progress.iteration, console.message)
-    check_space(directory, collect(state.model, state.optimizer if config.checkpoint.save_optim else None))
-    with file_errors("delete", home / EXIT_FILE):
-        (home / EXIT_FILE).unlink(missing_ok=True)
-    write_atomic(home / "config.yaml", to_yaml(config))
 
 
 def target_tokens(config: Config) -> int | None:

@@ -45,10 +45,24 @@ class TrainState:
     progress: Progress = field(default_factory=Progress)
     validation_due: bool = False
     """A stop cut the validation after the last step short."""
+    nonfinite_steps: int = 0
+    """Steps in a row, up to the last one, that were skipped for a loss or gradient that was not finite."""
+    spiking: bool = False
+    """The last step's loss ratio was above the limit."""
+    skipped_samples: list[list[int]] = field(default_factory=list)
+    """[first, end] of the samples that rollbacks skip, rising: a sample's number is its place among the others."""
     training_seconds: float = 0.0
     """Wall time spent in steps."""
     elapsed_seconds: float = 0.0
     """Wall time of the whole run up to the last checkpoint, evaluation and saving included."""
+
+    def sample_number(self, consumed_samples: int) -> int:
+        """The number of the first sample of a step before which `consumed_samples` were drawn."""
+        number = consumed_samples
+        for first, end in self.skipped_samples:
+            if number >= first:
+                number += end - first
+        return number
 
     def to_dict(self, settings: dict[str, Any], *, layout: str, rng: list[dict[str, Any]] | None) -> dict[str, Any]:
         """Everything but the tensors, as JSON values; `rng` are the generators of all ranks, in their order."""
@@ -58,6 +72,9 @@ class TrainState:
             "loss_ratio": self.loss_ratio.state_dict(),
             "position_matched_loss_ratio": self.matched_ratio.state_dict(),
             "validation_due": self.validation_due,
+            "nonfinite_steps": self.nonfinite_steps,
+            "spiking": self.spiking,
+            "skipped_samples": self.skipped_samples,
             "training_seconds": self.training_seconds,
             "elapsed_seconds": self.elapsed_seconds,
             "layout": layout,
@@ -77,6 +94,9 @@ class TrainState:
         self.loss_ratio.load_state_dict(state["loss_ratio"])
         self.matched_ratio.load_state_dict(state["position_matched_loss_ratio"])
         self.validation_due = state["validation_due"]
+        self.nonfinite_steps = state["nonfinite_steps"]
+        self.spiking = state["spiking"]
+        self.skipped_samples = state["skipped_samples"]
         self.training_seconds = state["training_seconds"]
         self.elapsed_seconds = state["elapsed_seconds"]
 

@@ -79,14 +79,19 @@ class StepResult:
     """Global l2 norm before clipping."""
     clipped: bool
     skipped: bool
-    """The gradient overflowed under fp16: nothing was updated."""
+    """The gradient overflowed under fp16, or the step is not finite: nothing was updated."""
     loss_scale: float
     stop_asked: bool
     """Some rank has been asked to stop."""
 
 
 class NonFiniteError(UserError):
-    """The loss or the gradient is NaN or infinite where no loss scaling can explain it."""
+    """The loss or the gradient is NaN or infinite where no loss scaling can explain it; nothing was updated."""
+
+    def __init__(self, result: StepResult) -> None:
+        super().__init__(f"loss {result.loss:.4g}, gradient norm {result.grad_norm:.4g}")
+        self.result = result
+        """The step as one that was skipped."""
 
 
 class TrainStep:
@@ -133,28 +138,29 @@ class TrainStep:
         # The only place where the host waits for the device.
         bucket_losses, bucket_tokens, (grad_norm, asking) = position_losses.by_bucket(totals.cpu())
         if not sum(bucket_tokens):
-            raise NonFiniteError("no loss: every prediction of the step is masked")
+            raise UserError("no loss: every prediction of the step is masked")
         loss = sum(bucket_losses) / sum(bucket_tokens)
         finite = math.isfinite(grad_norm)
         # The loss is not scaled: where it is not finite, no smaller scale will help.
-        if not math.isfinite(loss) or not (finite or self.scaler.can_shrink):
-            self.optimizer.zero_grad(set_to_none=True)
-            raise NonFiniteError(f"loss {loss:.4g}, gradient norm {grad_norm:.4g}")
-        if finite:
-            set_learning_rate(self.optimizer, step.lr)
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.update(overflow=not finite)
-        return StepResult(
+        hopeless = not math.isfinite(loss) or not (finite or self.scaler.can_shrink)
+        result = StepResult(
             loss=loss,
             bucket_losses=bucket_losses,
             bucket_tokens=bucket_tokens,
             grad_norm=grad_norm,
             clipped=finite and 0 < self._max_norm < grad_norm,
-            skipped=not finite,
+            skipped=hopeless or not finite,
             loss_scale=loss_scale,
             stop_asked=asking > 0,
         )
+        if not result.skipped:
+            set_learning_rate(self.optimizer, step.lr)
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if hopeless:
+            raise NonFiniteError(result)
+        self.scaler.update(overflow=not finite)
+        return result
 
     def _backward(self, batch: Batch, seqlen: int) -> PositionLosses:
         """Accumulate the gradients of all micro-batches."""

@@ -1,21 +1,48 @@
-"""Requests to stop: signals are noted here and answered by the loop at the end of a step."""
+"""Requests to stop: noted here, answered by the loop at the end of a step."""
 
 from __future__ import annotations
 
 import signal
+import time
+from pathlib import Path
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+POLL_SECONDS = 1.0
+"""How often the stop file is looked for: on some file systems that takes milliseconds."""
 
 
 class StopRequest:
-    """Catches SIGTERM, SIGINT and SIGUSR1 while it is entered. A second SIGINT ends the program at once."""
+    """Catches SIGTERM, SIGINT and SIGUSR1 while it is entered. A second SIGINT ends the program at once.
 
-    def __init__(self) -> None:
-        self.reason: str | None = None
-        """Name of the signal that came, None before."""
+    A time limit and a file that people may create are requests too.
+    """
+
+    def __init__(self, *, minutes: float | None = None, file: Path | None = None) -> None:
+        self._reason: str | None = None
         self._interrupts = 0
         self._previous: dict[signal.Signals, object] = {}
+        self._minutes = minutes
+        self._deadline = None if minutes is None else time.monotonic() + 60 * minutes
+        self._file = file
+        self._next_look = 0.0
+
+    @property
+    def reason(self) -> str | None:
+        """What asked to stop: the name of a signal, a flag or a file; None as long as nothing has."""
+        now = time.monotonic()
+        if self._reason is None and self._deadline is not None and now >= self._deadline:
+            self._reason = f"--exit-duration-in-mins {self._minutes:g}"
+        if self._reason is None and self._file is not None and now >= self._next_look:
+            self._next_look = now + POLL_SECONDS
+            if self._file.exists():
+                self._reason = f"the file {self._file}"
+        return self._reason
+
+    def answered(self) -> None:
+        """The run has stopped: take the stop file away, else the next start would stop too."""
+        if self._file is not None:
+            self._file.unlink(missing_ok=True)
 
     def __enter__(self) -> StopRequest:
         for number in SIGNALS:
@@ -30,4 +57,4 @@ class StopRequest:
         self._interrupts += number == signal.SIGINT
         if self._interrupts > 1:
             raise KeyboardInterrupt
-        self.reason = signal.Signals(number).name
+        self._reason = signal.Signals(number).name

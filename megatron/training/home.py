@@ -1,0 +1,155 @@
+"""The run's directory: what may be there at a start, which checkpoint is taken, what stays at the end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron.arguments import to_yaml
+from megatron.checkpointing.checkpoint import Checkpoint, check_space, load_checkpoint
+from megatron.checkpointing.commit import (
+    CHECKPOINTS,
+    checkpoints_in,
+    damaged_checkpoints,
+    find_latest,
+    reap_temporary,
+    set_aside_newer,
+)
+from megatron.checkpointing.rng import restore_rng
+from megatron.checkpointing.state import collect, restore
+from megatron.config import CheckpointConfig, Config
+from megatron.console import ProgressLine
+from megatron.distributed.world import World
+from megatron.errors import UserError
+from megatron.files import file_errors, write_atomic
+from megatron.metrics import METRICS_FILE
+from megatron.training.state import NEEDED_BY_WEIGHTS, TrainState, check_settings
+
+EXIT_FILE = "exit.json"
+"""How a run that ended in order did: {"status": "finished" or "stopped", "iteration", "reason"}. Launchers read it."""
+
+
+def check_homes(config: CheckpointConfig) -> None:
+    """Refuse, before anything is built, a --save that is not given or that holds another run."""
+    if config.save is None:
+        if config.save_interval is not None or config.save_interval_tokens is not None:
+            raise UserError("--save-interval needs --save DIR, the directory to save to")
+        return
+    home = Path(config.save)
+    log = home / METRICS_FILE
+    if not any((home / CHECKPOINTS).glob("iter_*")) and not (log.exists() and log.stat().st_size):
+        return
+    if not continues(config):
+        raise UserError(
+            f"--save {home} already holds a run: add --load {home} to continue it, or choose another directory"
+        )
+    if config.finetune:
+        raise UserError(f"--finetune starts a new run, but --save {home} already holds one: choose another directory")
+
+
+def continues(config: CheckpointConfig) -> bool:
+    """Whether --load lies in --save: the run, its checkpoints or one of them."""
+    if config.load is None or config.save is None:
+        return False
+    load, home = Path(config.load).resolve(), Path(config.save).resolve()
+    return load == home or home / CHECKPOINTS in (load, load.parent)
+
+
+def find_checkpoint(config: CheckpointConfig, world: World, console: ProgressLine) -> Path | None:
+    """The newest checkpoint below --load, or the one that it names; None where the run starts from scratch."""
+    if config.load is None:
+        return None
+    directory = checkpoints_in(Path(config.load))
+
+    def find() -> str | None:
+        path = find_latest(directory, console.message) if directory.is_dir() else None
+        if path is not None:
+            return str(path)
+        if not continues(config):
+            raise UserError(f"--load {config.load}: no checkpoint found there; give the run's directory or drop --load")
+        if damaged := damaged_checkpoints(directory):
+            raise UserError(
+                f"--load {config.load}: none of its {len(damaged)} checkpoints is whole (newest: {damaged[0].name}); "
+                "repair one, or move the directory away to start from scratch"
+            )
+        console.message(f"--load {config.load}: no checkpoint yet, starting from scratch")
+        return None
+
+    found = world.on_main(find)
+    return None if found is None else Path(found)
+
+
+def resume(
+    state: TrainState, path: Path, config: Config, settings: dict[str, Any], world: World, console: ProgressLine
+) -> None:
+    """Take over the checkpoint `path`, by whatever layout it was saved."""
+    options = config.checkpoint
+    checkpoint = load_checkpoint(path, world=world)
+    guarded = {n: v for n, v in settings.items() if n in NEEDED_BY_WEIGHTS} if options.finetune else settings
+    for line in world.everywhere(
+        lambda: check_settings(checkpoint.state["settings"], guarded, options.override, str(path))
+    ):
+        console.message(f"--override {line}")
+    if options.finetune:
+        restore(state.model, None, path, world=world)
+        console.message(f"weights of {path}")
+        return
+    saved, now = checkpoint.state["layout"], layout_name(config, world)
+    console.message(f"resumed from {path}: step {checkpoint.iteration:,}")
+    if saved != now:
+        console.message(
+            f"saved as {saved}, now {now}: the state is resharded; the order of the data is the same, rounding and "
+            "dropout are not: not bit for bit"
+        )
+    take_over(state, checkpoint, config, world)
+
+
+def load_state(state: TrainState, path: Path, config: Config, world: World) -> None:
+    """Go back to a checkpoint of this very run."""
+    take_over(state, load_checkpoint(path, world=world), config, world)
+
+
+def take_over(state: TrainState, checkpoint: Checkpoint, config: Config, world: World) -> None:
+    """Everything of a checkpoint, the generators last: nothing may draw after them."""
+    optimizer = state.optimizer if config.checkpoint.load_optim else None
+    restore(state.model, optimizer, checkpoint.path, world=world)
+    state.load_dict(checkpoint.state)
+    generators = checkpoint.state["rng"] if config.checkpoint.load_rng else None
+    if generators is not None and checkpoint.state["layout"] == layout_name(config, world):
+        restore_rng(generators[world.rank])
+
+
+def layout_name(config: Config, world: World) -> str:
+    """What of the layout decides the last bits of a step."""
+    return f"{world.layout}{' sequence parallel' if config.parallel.sequence_parallel else ''}"
+
+
+def open_home(config: Config, state: TrainState, console: ProgressLine) -> None:
+    """Make the run's directory ready, if --save names one, and write its config.yaml.
+
+    Raises:
+        UserError: where it cannot take a checkpoint.
+    """
+    if config.checkpoint.save is None:
+        return
+    home = Path(config.checkpoint.save)
+    directory = home / CHECKPOINTS
+    reap_temporary(directory, console.message)
+    set_aside_newer(directory, state.progress.iteration, console.message)
+    check_space(directory, collect(state.model, state.optimizer if config.checkpoint.save_optim else None))
+    with file_errors("delete", home / EXIT_FILE):
+        (home / EXIT_FILE).unlink(missing_ok=True)
+    write_atomic(home / "config.yaml", to_yaml(config))
+
+
+def stop_file(config: Config, world: World) -> Path | None:
+    """SAVE/STOP, which people may create to stop the run; None on ranks that do not look for it."""
+    save = config.checkpoint.save
+    return Path(save) / "STOP" if save is not None and world.is_main else None
+
+
+def write_exit(home: Path, status: str, iteration: int, reason: str | None) -> None:
+    """Note in SAVE/exit.json that the run has ended in order, and how."""
+    entry = {"status": status, "iteration": iteration, "reason": reason}
+    write_atomic(home / EXIT_FILE, json.dumps(entry) + "\n")

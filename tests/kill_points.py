@@ -1,0 +1,499 @@
+"""Kill a job, or fail it with a full disk, at each system call by which it changes its files; see what is left.
+
+A warm process forks a child for every point, to which strace attaches itself and injects. The product is not changed,
+and knows nothing of it. Run as a program it prints a JSON report, job -> what was found:
+
+`python kill_points.py DIRECTORY SAMPLE JOB...`: SAMPLE points of each job, evenly spread; 0: all of them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import checkpoint_ranks
+import small_training
+import torch
+import torch._dynamo  # AdamW imports it at its first step: once here, not in every child
+import torch.distributed as dist
+from checkpoint_ranks import LAYOUTS
+
+from megatron.checkpointing.checkpoint import load_checkpoint
+from megatron.checkpointing.commit import find_latest, open_manifest, reap_temporary
+from megatron.checkpointing.manifest import MANIFEST, check_digests
+from megatron.checkpointing.saver import Saver
+from megatron.checkpointing.state import restore
+from megatron.data.gpt2_dataset import GPT2Dataset
+from megatron.data.indexed_dataset import IndexedDataset
+from megatron.data.preprocessing import PreprocessConfig, preprocess
+from megatron.distributed.world import World
+from megatron.errors import EXIT_FAILURE, UserError, run
+from megatron.tokenizer.build import TokenizerFiles
+from megatron.tokenizer.training import train_bpe
+
+NO_TRACE = 77
+"""Exit status where strace is not there or may not attach."""
+SECONDS = 60.0
+"""After which a process is taken to hang."""
+CHANGING = ("write", "pwrite64", "fsync", "fdatasync", "ftruncate", "fallocate", "openat")
+NAMING = ("rename", "renameat", "renameat2", "mkdir", "mkdirat", "unlink", "unlinkat", "rmdir", "link", "linkat")
+TRACED = ",".join(f"?{name}" for name in CHANGING + NAMING)  # ?: where this machine has such a call
+NEVER_FULL = ("unlink", "unlinkat", "rmdir")
+_RANDOM = re.compile(r"(?<=tmp-)[0-9a-f]+|(?<=old-)[0-9a-f]+|(?<=\.tmp)\w{6}$|(?<=index-)\w{8}")
+_PR_SET_PTRACER = 0x59616D61
+
+
+@dataclass(frozen=True)
+class Job:
+    """Work that changes files below a directory, and is started again when it dies. Both run in children."""
+
+    work: Callable[[Path, World], None]
+    before: Callable[[Path, World], None] = lambda directory, world: None
+    """What makes the directory as the work finds it."""
+    ranks: int = 1
+    deletes: bool = False
+    """The work deletes checkpoints: a directory without a manifest is one that is going."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """A system call that changes something below the directory under test."""
+
+    name: str
+    number: int
+    """Among all calls of that name in the thread, from 1."""
+    paths: tuple[str, ...]
+    """What it was given: two for a rename."""
+
+    @property
+    def place(self) -> tuple[str, ...]:
+        """Name and paths without what is random in them."""
+        return (self.name, *(_RANDOM.sub("*", path) for path in self.paths))
+
+
+@dataclass
+class Report:
+    """What was found about a job."""
+
+    calls: list[str] = field(default_factory=list)
+    """The names of the calls it makes, over all ranks."""
+    points: dict[str, int] = field(default_factory=dict)
+    """Mode -> number of points that were tried."""
+    faults: list[str] = field(default_factory=list)
+
+
+def train(until: int) -> Callable[[Path, World], None]:
+    """The small training, up to a step, from what is there."""
+
+    def work(directory: Path, world: World) -> None:
+        reap_temporary(directory)
+        small_training.main(directory, until)
+
+    return work
+
+
+def damaged(directory: Path, world: World) -> None:
+    """Checkpoints of steps 2 and 4, of which the newer has lost its end."""
+    train(2)(directory, world)
+    train(4)(directory, world)
+    for shard in (directory / "iter_0000004").glob("*.safetensors"):
+        os.truncate(shard, shard.stat().st_size - 1)
+
+
+def train_ranks(until: int) -> Callable[[Path, World], None]:
+    """A model that all ranks share, up to a step, from what is there, saved as the trainer does."""
+
+    def work(directory: Path, world: World) -> None:
+        training = checkpoint_ranks.Training(world, seed=5)
+        world.on_main(lambda: bool(reap_temporary(directory)))
+        latest = world.on_main(lambda: str(find_latest(directory) or ""))
+        done = 0
+        if latest:
+            done = load_checkpoint(Path(latest), world=world).iteration
+            restore(training.model, training.optimizer, Path(latest), world=world)
+        training.steps(until - done)
+        with Saver(directory, world, background=False, report=print) as saver:
+            saver.save(iteration=until, tensors=training.table(), state={"iteration": until}, config_text="seed: 5\n")
+
+    return work
+
+
+def encode(texts: str) -> Callable[[Path, World], None]:
+    """Preprocess the file `texts` of the inputs into the directory."""
+
+    def work(directory: Path, world: World) -> None:
+        inputs = directory.parent / "inputs"
+        files = TokenizerFiles(vocab_file=inputs / "vocab.json", merge_file=inputs / "merges.txt")
+        preprocess(PreprocessConfig([str(inputs / texts)], str(directory / "out/corpus"), files, log_interval=0))
+
+    return work
+
+
+def index(directory: Path, world: World) -> None:
+    """Build the sample indices of two epochs into a cache."""
+    corpus = IndexedDataset(directory.parent / "inputs/out/corpus_text_document")
+    everything = range(corpus.document_count)
+    dataset = GPT2Dataset(
+        corpus, everything, seq_length=8, seed=1, cache_dir=str(directory / "index-cache"), name="train"
+    )
+    dataset.samples(torch.arange(dataset.num_samples_per_epoch + 1).numpy())
+
+
+def careless(directory: Path, world: World) -> None:
+    """What not to do: the negative control."""
+    with open(directory / "careless.npy", "wb", buffering=0) as stream:
+        stream.write(b"one half")
+        stream.write(b"the other")
+    os.rename(directory / "careless.npy", directory / "renamed.npy")
+
+
+JOBS = {
+    "save": Job(train(4)),
+    "save-next": Job(train(4), before=train(2)),
+    "save-replacing": Job(train(4), before=damaged),
+    "save-sharded": Job(train_ranks(2), before=train_ranks(1), ranks=2),
+    "preprocess": Job(encode("texts.jsonl")),
+    "preprocess-replacing": Job(encode("texts.jsonl"), before=encode("older.jsonl")),
+    "index": Job(index),
+    "careless": Job(careless),
+}
+
+
+class Child:
+    """A forked process that does a job when it is let go, and ends as a program of this repository does."""
+
+    def __init__(self, work: Callable[[Path, World], None], directory: Path, rank: int, ranks: int) -> None:
+        self._errors = directory.parent / f"errors-{rank}"
+        self._errors.write_text("")
+        waiting, self._gate = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.close(self._gate)
+            # Where the system lets only a parent trace, any process may now.
+            ctypes.CDLL(None).prctl(_PR_SET_PTRACER, ctypes.c_ulong(-1), 0, 0, 0)
+            os.dup2(os.open(self._errors, os.O_WRONLY), 2)
+            sys.stderr = io.TextIOWrapper(io.FileIO(2, "w", closefd=False), write_through=True)
+            os._exit(self._do(work, directory, rank, ranks, waiting))
+        os.close(waiting)
+
+    @staticmethod
+    def _do(work: Callable[[Path, World], None], directory: Path, rank: int, ranks: int, waiting: int) -> int:
+        try:
+            os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks)}
+            world = World() if ranks == 1 else connect(directory.parent / "store", rank, ranks)
+            os.read(waiting, 1)
+            with redirect_stdout(io.StringIO()):
+                run(lambda: work(directory, world))
+        except SystemExit as ending:
+            return int(ending.code or 0)
+        except BaseException:
+            traceback.print_exc()
+            return 70
+
+    def go(self) -> None:
+        os.write(self._gate, b"!")
+        os.close(self._gate)
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+
+    def wait(self) -> tuple[int | str, str]:
+        """How it ended, "hung" where it did not, and what it said."""
+        deadline = time.monotonic() + SECONDS
+        while os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            if time.monotonic() > deadline:
+                self.kill()
+                os.waitpid(self.pid, 0)
+                return "hung", self._errors.read_text()
+            time.sleep(0.001)
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1]), self._errors.read_text()
+
+
+def connect(store: Path, rank: int, ranks: int) -> World:
+    """This process among `ranks`, over gloo."""
+    timeout = timedelta(seconds=SECONDS / 2)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=timeout)
+    control = dist.new_group(timeout=timeout)
+    dist.barrier(group=control)
+    return World(rank, rank, LAYOUTS[ranks]["dp2"], control=control)
+
+
+def attempt(
+    job: Job, directory: Path, work: Callable[[Path, World], None], *, traced: int = 0, options: list[str], mode: str
+) -> list[tuple[int | str, str]]:
+    """Do `work` in all ranks of `job`, strace holding on to the rank `traced`; how each rank ended."""
+    scratch = directory.parent
+    for old in (scratch / "store", *scratch.glob("trace.*")):
+        old.unlink(missing_ok=True)
+    children = [Child(work, directory, rank, job.ranks) for rank in range(job.ranks)]
+    tracer = None
+    try:
+        if options:
+            tracer = attach(children[traced].pid, [*options, "-o", str(scratch / "trace")])
+        for child in children:
+            child.go()
+        first = children[traced].wait()
+        if mode == "kill all":
+            for child in children:
+                if child is not children[traced]:
+                    child.kill()
+        endings = [first if rank == traced else child.wait() for rank, child in enumerate(children)]
+    finally:
+        if tracer is not None:
+            tracer.wait(timeout=SECONDS)
+            tracer.stderr.close()  # type: ignore[union-attr]
+    for log in scratch.glob(f"trace.{children[traced].pid}"):
+        log.rename(scratch / "trace.main")
+    return endings
+
+
+def attach(pid: int, options: list[str]) -> subprocess.Popen[str]:
+    """strace, holding on to the process `pid` and to its threads, each with a log of its own."""
+    try:
+        tracer = subprocess.Popen(["strace", "-ff", "-y", "-p", str(pid), *options], stderr=subprocess.PIPE, text=True)
+        said = tracer.stderr.readline()  # type: ignore[union-attr]
+    except FileNotFoundError:
+        said = "strace is not installed"
+    if "attached" not in said:
+        os.kill(pid, signal.SIGKILL)
+        print(said, file=sys.stderr)
+        sys.exit(NO_TRACE)
+    return tracer
+
+
+def calls_in(log: Path, directory: Path) -> list[Call]:
+    """The calls in the log of one thread that change something below `directory`, in their order."""
+    counts: dict[str, int] = {}
+    found = []
+    for line in log.read_text().splitlines():
+        match = re.match(r"(\w+)\((.*)", line)
+        if match is None:
+            continue
+        name, given = match[1], match[2]
+        counts[name] = counts.get(name, 0) + 1
+        if name == "openat" and "O_CREAT" not in given:
+            continue
+        folder = re.match(r"(?:AT_FDCWD|\d+)<([^>]*)>", given)
+        if name in NAMING or name == "openat":
+            base = folder[1] if folder else "/"
+            paths = tuple(os.path.join(base, path) for path in re.findall(r'"([^"]*)"', given))
+        else:
+            paths = (folder[1],) if folder else ()
+        if paths and all(path == str(directory) or path.startswith(f"{directory}/") for path in paths):
+            found.append(Call(name, counts[name], paths))
+    return found
+
+
+def order_faults(calls: list[Call]) -> list[str]:
+    """Where a file or directory gets its final name before all of it is on the disk, or another change comes before
+    that name is. These are the orders that a power cut could reverse; a kill cannot show them."""
+    faults = []
+    unsynced: set[str] = set()
+    parent: str | None = None
+    for call in calls:
+        path, last = call.paths[0], call.paths[-1]
+        if call.name in ("fsync", "fdatasync"):
+            unsynced.discard(path)
+            parent = None if path == parent else parent
+            continue
+        if parent is not None:
+            faults.append(f"{call.name} {last} comes before the name given in {parent} is on the disk")
+            parent = None
+        if not call.name.startswith("rename"):
+            if call.name in ("write", "pwrite64", "ftruncate", "fallocate"):
+                unsynced.add(path)
+            if call.name in ("openat", "mkdir", "mkdirat"):
+                unsynced |= {path, os.path.dirname(path)} if call.name == "openat" else {path}
+            if call.name in NEVER_FULL:
+                unsynced.discard(path)
+            continue
+        inside = {old for old in unsynced if old == path or old.startswith(f"{path}/")}
+        unsynced = (unsynced - inside) | {last + old.removeprefix(path) for old in inside}
+        if is_final(Path(last)):
+            faults += [f"{last} gets its name before {old} is on the disk" for old in sorted(inside)]
+            parent = os.path.dirname(last)
+    if parent is not None:
+        faults.append(f"the name given last in {parent} is not brought to the disk")
+    return faults
+
+
+def is_final(path: Path) -> bool:
+    """Whether `path` is one that somebody reads: neither temporary nor aside nor a lock."""
+    return not any(re.search(r"\.tmp|\.old-|^\.lock$", part) for part in path.parts[-2:])
+
+
+def contents(directory: Path) -> dict[str, str]:
+    """Relative path -> digest of every file below `directory`."""
+    return {
+        str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
+
+
+def torn(directory: Path, before: dict[str, str], after: dict[str, str], job: Job) -> list[str]:
+    """What stands under a final name below `directory` and is not whole: neither as it was nor as it is to be."""
+    faults = []
+    now = {name: digest for name, digest in contents(directory).items() if is_final(Path(name))}
+    for name, digest in now.items():
+        if digest not in (before.get(name), after.get(name)):
+            faults.append(f"{name} is neither the old one nor the new one")
+    for path in directory.glob("iter_*"):
+        inside = [{n: d for n, d in files.items() if Path(n).parts[0] == path.name} for files in (now, before)]
+        if not is_final(path) or inside[0] == inside[1] or (job.deletes and not (path / MANIFEST).exists()):
+            continue
+        try:
+            check_digests(path, open_manifest(path).files)
+        except UserError as error:
+            faults.append(str(error))
+    for name in now:
+        if name.endswith(".idx"):
+            stem = name.removesuffix(".idx")
+            trio = [{n: d for n, d in files.items() if n.startswith(stem)} for files in (now, before, after)]
+            if trio[0] not in trio[1:]:
+                faults.append(f"{name} stands beside files of another corpus")
+    return faults
+
+
+class Walk:
+    """All points of a job."""
+
+    def __init__(self, name: str, scratch: Path) -> None:
+        self.job = JOBS[name]
+        self.report = Report()
+        self._name = name
+        self._template, self._trial = scratch / "template", scratch / "trial"
+        self._template.mkdir()
+        self._undisturbed(self._template, self.job.before)
+        self._before = contents(self._template)
+        self._calls = [self._dry(rank) for rank in range(self.job.ranks)]
+        self._after = contents(self._trial)
+        self._newest = [self._find(self._template), self._find(self._trial)]
+
+    def points(self) -> Iterator[tuple[str, int, Call]]:
+        """Mode, rank and call of each."""
+        modes = ["kill", "full"] if self.job.ranks == 1 else ["kill", "kill all", "full"]
+        for mode in modes:
+            for rank, calls in enumerate(self._calls):
+                yield from ((mode, rank, call) for call in calls if mode != "full" or call.name not in NEVER_FULL)
+
+    def walk(self, sample: int) -> Report:
+        """Try `sample` points (0: all)."""
+        points = list(self.points())
+        if sample:
+            points = [points[n * len(points) // sample] for n in range(min(sample, len(points)))]
+        for mode, rank, call in points:
+            self.report.points[mode] = self.report.points.get(mode, 0) + 1
+            where = f"{self._name}, {mode}, rank {rank}, {call.name} {call.number} of {' '.join(call.paths)}"
+            self.report.faults += [f"{where}: {fault}" for fault in self._try(mode, rank, call)]
+        return self.report
+
+    def _try(self, mode: str, rank: int, call: Call) -> Iterator[str]:
+        self._reset()
+        what = "error=ENOSPC" if mode == "full" else "signal=KILL"
+        options = ["-e", f"trace={TRACED}", "-e", f"inject={call.name}:{what}:when={call.number}"]
+        endings = attempt(self.job, self._trial, self.job.work, traced=rank, options=options, mode=mode)
+        reached = calls_in(self._trial.parent / "trace.main", self._trial)
+        hit = [found for found in reached if (found.name, found.number) == (call.name, call.number)]
+        if [found.place for found in hit] != [call.place]:
+            yield f"not reached, but {hit}"
+        yield from self._ending_faults(mode, rank, endings)
+        yield from torn(self._trial, self._before, self._after, self.job)
+        if self._find(self._trial) not in self._newest:
+            yield f"the next start would find {self._find(self._trial)}"
+        again = attempt(self.job, self._trial, self.job.work, options=[], mode="")
+        if any(status != 0 for status, _ in again):
+            yield f"the next start ended with {again}"
+        elif contents(self._trial) != self._after:
+            yield f"the next start left {self._difference()}"
+
+    def _ending_faults(self, mode: str, rank: int, endings: list[tuple[int | str, str]]) -> Iterator[str]:
+        statuses = [status for status, _ in endings]
+        lines = "".join(text for _, text in endings)
+        others = -signal.SIGKILL if mode == "kill all" else EXIT_FAILURE
+        expected = [others] * self.job.ranks
+        if mode != "full":
+            expected[rank] = -signal.SIGKILL
+        if statuses != expected:
+            yield f"expected exits {expected}, found {endings}"
+        told = self.job.ranks - 1 if mode == "kill" else int(mode == "full")
+        if mode != "kill all" and (lines.count("\n") != told or lines.count("error: ") != told):
+            yield f"expected {told} line on stderr, found {lines!r}"
+        if mode == "full" and not ("disk full" in lines and str(self._trial) in lines):
+            yield f"expected 'disk full' and a path, found {lines!r}"
+
+    def _undisturbed(self, directory: Path, work: Callable[[Path, World], None], rank: int = 0) -> None:
+        endings = attempt(
+            self.job, directory, work, traced=rank, options=["-e", f"trace={TRACED}"], mode=""
+        )
+        if any(ending != (0, "") for ending in endings):
+            raise SystemExit(f"{self._name}: undisturbed it ended with {endings}")
+
+    def _dry(self, rank: int) -> list[Call]:
+        """The calls of a rank in an undisturbed run."""
+        self._reset()
+        self._undisturbed(self._trial, self.job.work, rank)
+        scratch = self._trial.parent
+        calls = calls_in(scratch / "trace.main", self._trial)
+        others = [log for log in scratch.glob("trace.*") if log.name != "trace.main" and calls_in(log, self._trial)]
+        self.report.calls += [call.name for call in calls]
+        self.report.faults += [f"{self._name}, rank {rank}: {fault}" for fault in order_faults(calls)]
+        self.report.faults += [f"{self._name}: a thread writes, whose calls are not counted: {log}" for log in others]
+        return calls
+
+    def _reset(self) -> None:
+        shutil.rmtree(self._trial, ignore_errors=True)
+        shutil.copytree(self._template, self._trial)
+
+    def _difference(self) -> list[str]:
+        now = contents(self._trial)
+        return sorted(name for name in now.keys() | self._after if now.get(name) != self._after.get(name))
+
+    @staticmethod
+    def _find(directory: Path) -> str | None:
+        found = find_latest(directory)
+        return found.name if found else None
+
+
+def make_inputs(directory: Path) -> None:
+    """A tokenizer, two small corpora as text, and one of them preprocessed."""
+    directory.mkdir()
+    texts = [f"document {n} says {n * n}, and no more than that " * (1 + n % 5) for n in range(60)]
+    train_bpe(texts, 300, directory)
+    for name, some in (("texts.jsonl", texts), ("older.jsonl", texts[:20])):
+        (directory / name).write_text("".join(json.dumps({"text": text}) + "\n" for text in some))
+    encode("texts.jsonl")(directory, World())
+
+
+def main(directory: Path, sample: int, names: list[str]) -> None:
+    torch.set_num_threads(1)
+    reports: dict[str, dict[str, Any]] = {}
+    for name in names:
+        (directory / name).mkdir(parents=True)
+        maker = Child(lambda where, world: make_inputs(where / name / "inputs"), directory, 0, 1)
+        maker.go()
+        if maker.wait() != (0, ""):
+            raise SystemExit("cannot make the inputs")
+        reports[name] = vars(Walk(name, directory / name).walk(sample))
+    print(json.dumps(reports, indent=1))
+
+
+if __name__ == "__main__":
+    sys.dont_write_bytecode = True
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])

@@ -1,0 +1,106 @@
+"""One run a directory: a living owner is named, a dead one taken over."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron.errors import UserError
+from megatron.training import owner
+from megatron.training.owner import OWNER_FILE, Owner
+
+ROOT = Path(__file__).parents[1]
+HOLD = (
+    "import sys, time; from pathlib import Path; from megatron.training.owner import Owner\n"
+    "with Owner(Path(sys.argv[1]), print):\n    print('held', flush=True); time.sleep(60)\n"
+)
+
+
+@pytest.fixture
+def holder(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_second_run_is_refused_and_told_who_is_there(holder, tmp_path):
+    with pytest.raises(UserError, match=rf"--save .* is in use by process {holder.pid} on .*: stop that run"):
+        Owner(tmp_path, print).__enter__()
+    holder.send_signal(signal.SIGSTOP)  # stopped is not dead
+    with pytest.raises(UserError, match="is in use by"):
+        Owner(tmp_path, print).__enter__()
+
+
+def test_a_dead_owner_is_taken_over_with_a_message(holder, tmp_path):
+    holder.kill()
+    holder.wait()
+    said: list[str] = []
+    with Owner(tmp_path, said.append):
+        assert len(said) == 1
+        assert f"taken over from process {holder.pid} on" in said[0]
+
+
+def test_an_owner_that_left_leaves_nothing_to_say(tmp_path):
+    said: list[str] = []
+    for _ in range(2):
+        with Owner(tmp_path, said.append):
+            pass
+    assert not said
+
+
+def entry(host: str, beat: int) -> bytes:
+    return json.dumps({"host": host, "pid": 7, "token": "theirs", "beat": beat}).ljust(256).encode()
+
+
+def test_on_a_machine_that_shares_no_locks_silence_tells(tmp_path, monkeypatch):
+    monkeypatch.setattr(owner, "SILENCE_SECONDS", 0.3)
+    (tmp_path / OWNER_FILE).write_bytes(entry("elsewhere", 3))
+    said: list[str] = []
+    with Owner(tmp_path, said.append):
+        assert "process 7 on elsewhere did not sign off; waiting" in said[0]
+        assert "taken over from process 7 on elsewhere" in said[1]
+
+
+def test_and_a_heartbeat_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(owner, "SILENCE_SECONDS", 5.0)
+    path = tmp_path / OWNER_FILE
+    path.write_bytes(entry("elsewhere", 3))
+    beats = iter(range(4, 100))
+
+    def beat(line: str) -> None:
+        path.write_bytes(entry("elsewhere", next(beats)))
+
+    started = time.monotonic()
+    with pytest.raises(UserError, match="is in use by process 7 on elsewhere"):
+        Owner(tmp_path, beat).__enter__()
+    assert time.monotonic() - started < 4
+
+
+def test_an_owner_notices_that_it_was_taken_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(owner, "BEAT_SECONDS", 0.05)
+    with Owner(tmp_path, print) as mine:
+        mine.check()
+        (tmp_path / OWNER_FILE).write_bytes(entry("elsewhere", 0))
+        deadline = time.monotonic() + 10
+        with pytest.raises(UserError, match="another run has taken it over"):
+            while time.monotonic() < deadline:
+                mine.check()
+                time.sleep(0.01)
+    assert json.loads((tmp_path / OWNER_FILE).read_bytes())["token"] == "theirs", "it is not ours to sign off"
+
+
+def test_a_beat_is_renewed(tmp_path, monkeypatch):
+    monkeypatch.setattr(owner, "BEAT_SECONDS", 0.05)
+    with Owner(tmp_path, print):
+        time.sleep(0.5)
+        assert json.loads((tmp_path / OWNER_FILE).read_bytes())["beat"] > 2
+    assert (tmp_path / OWNER_FILE).read_bytes() == b""
