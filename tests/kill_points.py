@@ -287,7 +287,8 @@ def calls_in(log: Path, directory: Path) -> list[Call]:
             continue
         name, given = match[1], match[2]
         counts[name] = counts.get(name, 0) + 1
-        if name == "openat" and "O_CREAT" not in given:
+        in_vain = " = -1 " in given and "(INJECTED)" not in given
+        if in_vain or (name == "openat" and "O_CREAT" not in given):
             continue
         folder = re.match(r"(?:AT_FDCWD|\d+)<([^>]*)>", given)
         if name in NAMING or name == "openat":

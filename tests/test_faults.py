@@ -191,9 +191,9 @@ def test_rollbacks_are_bounded(corpus, tmp_path):
     forward.change = change
     assert run(corpus, home, forward, "--on-spike", "rollback", "--max-rollbacks", "2") == EXIT_FINISHED
     log = log_of(home)
-    assert [(e["spiked_at"], e["samples"]) for e in log if e.get("event") == "rollback"] == [
-        (7, [96, 112]), (7, [112, 128]),
-    ]  # fmt: skip
+    assert [(e["spiked_at"], e["skipped_samples"]) for e in log if e.get("event") == "rollback"] == [
+        (7, [[96, 112], [112, 128]])
+    ]
     assert [e["samples"] for e in log if e.get("event") == "spike"] == [[128, 144]]
     assert [e["iteration"] for e in log if "lr" in e] == list(range(1, 21))
 

@@ -5,6 +5,7 @@ Names in a directory of checkpoints:
 - `iter_0001000`            a checkpoint, whole if its manifest says so;
 - `iter_0001000.tmp-<id>`   a save that is under way or died: never looked at;
 - `iter_0001000.old-<id>`   what a save of the same iteration is replacing: used only if that save died in between;
+- `iter_0001000.gone-<id>`  a checkpoint that is being deleted: never looked at;
 - `latest`                  the name of the newest, for people and scripts: a hint that nothing here relies on.
 """
 
@@ -25,7 +26,8 @@ from megatron.files import commit_directory, file_errors, fsync_directory, fsync
 CHECKPOINTS = "checkpoints"
 """Folder of the checkpoints in a run's directory."""
 LATEST = "latest"
-_NAME = re.compile(r"iter_(\d{7,})(?:\.(tmp|old)-[0-9a-f]+)?")
+_NAME = re.compile(r"iter_(\d{7,})(?:\.(tmp|old|gone)-[0-9a-f]+)?")
+_REMAINS = {"tmp": "a save that was not finished", "gone": "what is left of a deleted checkpoint"}
 _LEFTOVER = re.compile(rf"\.{LATEST}\.tmp-[0-9a-f]+")
 Report = Callable[[str], None]
 """Takes one line about something that was passed over."""
@@ -71,12 +73,45 @@ def publish(temporary: Path, final: Path) -> None:
 
 
 def delete_checkpoint(path: Path) -> None:
-    """Delete a checkpoint, its manifest first, so that it is never taken for a whole one while it goes."""
+    """Delete a checkpoint, its name first and then its manifest, so that it is never taken for a whole one while it goes.
+
+    What a crash leaves of it bears a name that `reap_temporary` clears away. Of a link, only the link goes.
+    """
     with file_errors("delete", path):
+        if path.is_symlink():
+            path.unlink()
+            return
+        match = _NAME.fullmatch(path.name)
+        if match and match[2] not in _REMAINS:
+            gone = path.with_name(f"{directory_name(int(match[1]))}.gone-{secrets.token_hex(4)}")
+            os.rename(path, gone)
+            fsync_directory(path.parent)
+            path = gone
         with suppress(FileNotFoundError):
             os.unlink(path / MANIFEST)
         fsync_directory(path)
         shutil.rmtree(path)
+
+
+def named_checkpoints(directory: Path, report: Report = lambda line: None) -> list[Path]:
+    """What stands in `directory` under a checkpoint's name, whole or not, newest first; `directory` may itself be one.
+
+    `report` gets a line for each remainder of a save or of a deletion, and where `latest` names another one than the
+    newest. Raises UserError where `directory` cannot be read.
+    """
+    if _NAME.fullmatch(directory.name) or (directory / MANIFEST).exists():
+        return [directory]
+    found = []
+    for _, kind, path in _listed(directory):
+        if kind in _REMAINS:
+            report(f"{path}: ignored, {_REMAINS[kind]}")
+        else:
+            found.append(path)
+    hint = _read_hint(directory)
+    if hint is not None and (not found or hint != found[0].name):
+        newest = found[0].name if found else None
+        report(f"{directory / LATEST}: ignored, it names {hint!r}, the newest checkpoint there is {newest}")
+    return found
 
 
 def find_latest(directory: Path, report: Report = lambda line: None) -> Path | None:
@@ -86,28 +121,20 @@ def find_latest(directory: Path, report: Report = lambda line: None) -> Path | N
     `report` gets a line for each temporary or broken directory passed over. Raises UserError where `directory`
     cannot be read, or is itself a checkpoint that is not whole.
     """
-    if _NAME.fullmatch(directory.name) or (directory / MANIFEST).exists():
-        open_manifest(directory)
-        return directory
-    found = None
-    for _, kind, path in _listed(directory):
-        if kind == "tmp":
-            report(f"{path}: ignored, a save that was not finished")
-        elif found is None:
-            try:
-                open_manifest(path)
-                found = path
-            except UserError as error:
-                report(f"{path}: ignored, not whole: {error}")
-    hint = _read_hint(directory)
-    if hint is not None and (found is None or hint != found.name):
-        report(f"{directory / LATEST}: ignored, it names {hint!r}, the newest whole checkpoint is {found}")
-    return found
+    for path in named_checkpoints(directory, report):
+        try:
+            open_manifest(path)
+            return path
+        except UserError as error:
+            if path == directory:
+                raise
+            report(f"{path}: ignored, not whole: {error}")
+    return None
 
 
 def damaged_checkpoints(directory: Path) -> list[Path]:
     """The directories in `directory` that bear a checkpoint's final name, newest first, when none of them is whole."""
-    return [] if find_latest(directory) else [path for _, kind, path in _listed(directory) if kind != "tmp"]
+    return [] if find_latest(directory) else named_checkpoints(directory)
 
 
 def set_aside_newer(directory: Path, iteration: int, report: Report = lambda line: None) -> None:
@@ -126,7 +153,7 @@ def older_than(path: Path) -> Path | None:
     """The newest whole checkpoint beside `path` of an earlier iteration, or None."""
     match = _NAME.fullmatch(path.name)
     for iteration, kind, other in _listed(path.parent) if match else ():
-        if kind != "tmp" and match is not None and iteration < int(match[1]):
+        if kind not in _REMAINS and match is not None and iteration < int(match[1]):
             with suppress(UserError):
                 open_manifest(other)
                 return other
@@ -134,12 +161,12 @@ def older_than(path: Path) -> Path | None:
 
 
 def reap_temporary(directory: Path, report: Report = lambda line: None) -> list[Path]:
-    """Clear away what dead saves left in `directory`; the paths that were deleted.
+    """Clear away what dead saves and deletions left in `directory`; the paths that were deleted.
 
     Finishes an interrupted replacement: the old one goes where the new one stands whole, and gets its name back
     where nothing has it. To be called by the one owner of the directory while no save is under way.
     """
-    deleted = []
+    deleted = {}
     for _, kind, path in _listed(directory):
         if kind == "old":
             final = path.with_name(path.name.partition(".")[0])
@@ -153,16 +180,16 @@ def reap_temporary(directory: Path, report: Report = lambda line: None) -> list[
                 continue
         if kind is not None:
             delete_checkpoint(path)
-            deleted.append(path)
+            deleted[path] = _REMAINS.get(kind, "replaced by a newer save")
     if directory.is_dir():
         for path in sorted(directory.iterdir()):
             if _LEFTOVER.fullmatch(path.name):
                 with file_errors("delete", path):
                     path.unlink()
-                deleted.append(path)
-    for path in deleted:
-        report(f"{path}: deleted, a save that was not finished")
-    return deleted
+                deleted[path] = _REMAINS["tmp"]
+    for path, what in deleted.items():
+        report(f"{path}: deleted, {what}")
+    return list(deleted)
 
 
 def open_manifest(path: Path) -> Manifest:
@@ -205,15 +232,16 @@ def _same(temporary: Path, final: Path) -> bool:
 
 
 def _whole(path: Path) -> bool:
+    """Whether the checkpoint is whole, its digests too."""
     try:
-        open_manifest(path)
+        check_digests(path, open_manifest(path).files)
     except UserError:
         return False
     return True
 
 
 def _listed(directory: Path) -> list[tuple[int, str | None, Path]]:
-    """(iteration, None, "tmp" or "old", path), newest iteration first, a final name before an old one."""
+    """(iteration, None or what the name ends in, path), newest iteration first, a final name before an old one."""
     if not directory.exists():
         return []
     with file_errors("read", directory):

@@ -217,7 +217,7 @@ class IndexedDatasetWriter:
             fsync_directory(self._idx_path.parent)
             for path in (self._bin_path, self._sidecar_path, self._idx_path):
                 _temporary(path).rename(path)
-            fsync_directory(self._idx_path.parent)
+                fsync_directory(path.parent)
 
     def _index(self) -> Iterator[bytes]:
         """The content of the .idx, in parts."""

@@ -123,7 +123,11 @@ class FaultHandler:
         self._world.on_main(
             lambda: self._metrics.truncate_to(state.progress.iteration, consumed_tokens=state.progress.consumed_tokens)
         )
-        entry = spike | {"iteration": state.progress.iteration + 1, "spiked_at": spike["iteration"]}
+        entry = spike | {
+            "iteration": state.progress.iteration + 1,
+            "spiked_at": spike["iteration"],
+            "skipped_samples": skipped,  # an earlier rollback to the same checkpoint is no longer in the log
+        }
         self._metrics.log_event(entry, event="rollback")
         self._console.message(f"rolled back to {path}; the samples of the spike will be skipped")
 
