@@ -231,8 +231,8 @@ class TestCrashes:
         monkeypatch.setattr(os, "unlink", lambda a: (calls.append(f"unlink {Path(a).name}"), unlink(a)))
         monkeypatch.setattr(os, "fsync", lambda a: (calls.append("fsync"), fsync(a)))
         write(tmp_path / "d")
-        renames = ["rename d.bin", "rename d.json", "rename d.idx"]
-        assert calls == ["fsync", "fsync", "fsync", "unlink d.idx", "fsync", *renames, "fsync"]
+        renames = ["rename d.bin", "fsync", "rename d.json", "fsync", "rename d.idx", "fsync"]
+        assert calls == ["unlink d.idx.tmp", "fsync", "fsync", "fsync", "unlink d.idx", "fsync", *renames]
 
 
 class TestDamage:

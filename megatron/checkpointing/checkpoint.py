@@ -2,16 +2,13 @@
 
 One road for one process and for many: every rank writes its pieces of the tensors, and rank 0 the rest, the manifest
 and the name. A fault on any rank is a fault on all.
-
-Retention is to build on `find_latest`'s order and `delete_checkpoint`, after a save has returned.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,18 +17,22 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron.checkpointing.commit import (
+    Report,
     directory_name,
+    named_checkpoints,
     older_than,
     open_manifest,
     publish,
     temporary_directory,
 )
 from megatron.checkpointing.manifest import (
+    MANIFEST,
     FileEntry,
     Manifest,
     check_digests,
     check_sizes,
     describe,
+    drop_cached,
     write_manifest,
 )
 from megatron.checkpointing.tensors import Piece, own_pieces, write_pieces
@@ -116,6 +117,24 @@ def write_checkpoint(
     return final
 
 
+def read_back(path: Path, world: World, group: dist.ProcessGroup | None) -> None:
+    """Check a checkpoint that has just been written, from the disk and not from the system's cache of it.
+
+    All ranks call it, agreeing over `group`; each reads its share once. Raises UserError, on every rank, that names the
+    file that is not what was written.
+    """
+
+    def check() -> None:
+        files = _share(open_manifest(path), world)
+        drop_cached(path, files)
+        check_digests(path, files)
+
+    try:
+        world.everywhere(check, group)
+    except UserError as error:
+        raise type(error)(f"{error}, just after it was written: check that disk; nothing older was deleted") from error
+
+
 def load_checkpoint(path: Path, *, world: World = ALONE, verify: bool = True) -> Checkpoint:
     """Check the checkpoint `path` and read all of it but the tensors. All ranks call it.
 
@@ -123,22 +142,61 @@ def load_checkpoint(path: Path, *, world: World = ALONE, verify: bool = True) ->
     on every rank, that names the damaged file, what was expected and found, and an older checkpoint to use.
     """
     path = Path(path)
+    try:
+        return _open(path, world, verify)
+    except UserError as error:
+        older = older_than(path)
+        advice = (
+            f"the newest older whole checkpoint is {older}: take it with --load-fallback, or name it with --load"
+            if older
+            else "there is no older whole checkpoint beside it"
+        )
+        raise type(error)(f"{error}; {advice}") from error
 
-    def check() -> int:
-        with _advice(path):
-            manifest = open_manifest(path)
-            if verify:
-                by_size = sorted(manifest.files.items(), key=lambda item: (-item[1].size, item[0]))
-                check_digests(path, dict(by_size[world.rank :: world.size]))
-            _require_files(path, manifest)
-            return manifest.iteration
 
-    def read(iteration: int) -> Checkpoint:
-        with _advice(path):
-            return Checkpoint(path, iteration, json.loads(_read_text(path / STATE)), _read_text(path / CONFIG))
+def find_whole(
+    directory: Path, *, fallback: bool, world: World = ALONE, report: Report = lambda line: None
+) -> Checkpoint | None:
+    """The newest checkpoint in `directory`, or `directory` itself, read and checked as by `load_checkpoint`.
 
-    iteration = world.everywhere(check)  # by itself: no rank may trust a file before the one that checks it has
-    return world.everywhere(lambda: read(iteration))
+    All ranks call it. A directory without a manifest was never finished: it is passed over, with a line to `report` on
+    rank 0, as are remainders. One that is damaged is refused; with `fallback` it is left behind, with a line that says
+    why, for the next older one.
+
+    Returns:
+        None where there is nothing under a checkpoint's name.
+
+    Raises:
+        UserError: on every rank, where the newest one is damaged, with `fallback` where all are; and where there are
+            checkpoints and none was ever finished.
+    """
+
+    def finished() -> list[str]:
+        named = named_checkpoints(directory, report)
+        found = [path for path in named if path == directory or (path / MANIFEST).exists()]
+        for path in named:
+            if path not in found:
+                report(f"{path}: ignored, never finished: it has no {MANIFEST}")
+        if named and not found:
+            raise UserError(
+                f"{directory}: none of its {len(named)} checkpoints is whole (newest: {named[0].name}, without a "
+                f"{MANIFEST}); name another one, or move the directory away to start from scratch"
+            )
+        return [str(path) for path in found]
+
+    paths = [Path(path) for path in world.on_main(finished)]
+    if not fallback or len(paths) <= 1:
+        return load_checkpoint(paths[0], world=world) if paths else None
+    for path in paths:
+        try:
+            return _open(path, world)
+        except UserError as error:
+            if world.is_main:
+                report(f"--load-fallback: {path} is damaged and left behind: {error}")
+    raise world.fault(
+        f"--load-fallback: none of the {len(paths)} checkpoints in {directory} is whole (newest: {paths[0].name}); "
+        "repair one, or move the directory away to start from scratch"
+    )
 
 
 def check_space(directory: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -159,21 +217,32 @@ def check_space(directory: Path, tensors: Mapping[str, Tensor]) -> None:
         )
 
 
-@contextmanager
-def _advice(path: Path) -> Iterator[None]:
-    """Add to what is wrong with the checkpoint `path` which older one to use."""
-    try:
-        yield
-    except (UserError, ValueError, RecursionError) as error:
-        older = older_than(path)
-        advice = f"go on from the older checkpoint {older}" if older else "there is no older whole checkpoint beside it"
-        raise UserError(f"{error}; {advice}") from error
+def _open(path: Path, world: World, verify: bool = True) -> Checkpoint:
+    """`load_checkpoint` without its advice."""
+
+    def check() -> int:
+        manifest = open_manifest(path)
+        if verify:
+            check_digests(path, _share(manifest, world))
+        for name in (STATE, CONFIG):
+            if name not in manifest.files:
+                raise UserError(f"{path}: its manifest has no {name}, so it is not a checkpoint of a run")
+        return manifest.iteration
+
+    def read() -> Checkpoint:
+        try:
+            return Checkpoint(path, iteration, json.loads(_read_text(path / STATE)), _read_text(path / CONFIG))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}: cannot read its {STATE} and {CONFIG}: {error}") from error
+
+    iteration = world.everywhere(check)  # by itself: no rank may trust a file before the one that checks it has
+    return world.everywhere(read)
 
 
-def _require_files(path: Path, manifest: Manifest) -> None:
-    for name in (STATE, CONFIG):
-        if name not in manifest.files:
-            raise UserError(f"{path}: its manifest has no {name}, so it is not a checkpoint of a run")
+def _share(manifest: Manifest, world: World) -> dict[str, FileEntry]:
+    """The files whose digests this rank checks: about as many bytes as each other one."""
+    by_size = sorted(manifest.files.items(), key=lambda item: (-item[1].size, item[0]))
+    return dict(by_size[world.rank :: world.size])
 
 
 def _read_text(path: Path) -> str:

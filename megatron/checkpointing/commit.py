@@ -73,9 +73,9 @@ def publish(temporary: Path, final: Path) -> None:
 
 
 def delete_checkpoint(path: Path) -> None:
-    """Delete a checkpoint, its name first and then its manifest, so that it is never taken for a whole one while it goes.
+    """Delete a checkpoint: first its name, then its manifest, so that it is never taken for a whole one while it goes.
 
-    What a crash leaves of it bears a name that `reap_temporary` clears away. Of a link, only the link goes.
+    What a crash leaves of it bears a name that `reap_temporary` clears away. Of a link only the link goes.
     """
     with file_errors("delete", path):
         if path.is_symlink():

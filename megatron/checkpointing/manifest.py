@@ -90,28 +90,38 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 def check_sizes(directory: Path, manifest: Manifest) -> None:
-    """Raise UserError unless every file of the manifest is in `directory` with its size, and no other shard is.
+    """Raise UserError unless every file of the manifest is in `directory` with its size, and no other shard is."""
+    for fault in size_faults(directory, manifest).values():
+        raise UserError(fault)
+
+
+def size_faults(directory: Path, manifest: Manifest) -> dict[str, str]:
+    """File -> what is wrong with it, in words: missing, of another size, not in the manifest.
 
     Files are plain names in the directory; a link that leads out of it is refused.
     """
     root = directory.resolve()
+    faults = {}
     for name, entry in manifest.files.items():
         path = directory / name
         if path.resolve().parent != root:
-            raise UserError(f"{path}: leads outside the checkpoint, to {path.resolve()}; put the file itself there")
+            faults[name] = f"{path}: leads outside the checkpoint, to {path.resolve()}; put the file itself there"
+            continue
         try:
             found = os.stat(path)
         except FileNotFoundError:
-            raise UserError(f"{path}: missing, expected a file of {entry.size:,} bytes") from None
+            faults[name] = f"{path}: missing, expected a file of {entry.size:,} bytes"
         except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-        if not stat.S_ISREG(found.st_mode):
-            raise UserError(f"{path}: expected a regular file")
-        if found.st_size != entry.size:
-            raise UserError(f"{path}: damaged, expected {entry.size:,} bytes, found {found.st_size:,}")
+            faults[name] = f"{path}: cannot be read ({error.strerror})"
+        else:
+            if not stat.S_ISREG(found.st_mode):
+                faults[name] = f"{path}: expected a regular file"
+            elif found.st_size != entry.size:
+                faults[name] = f"{path}: damaged, expected {entry.size:,} bytes, found {found.st_size:,}"
     for path in sorted(directory.glob("*.safetensors")):
         if path.name not in manifest.files:
-            raise UserError(f"{path}: not in the checkpoint's manifest; take it away")
+            faults[path.name] = f"{path}: not in the checkpoint's manifest; take it away"
+    return faults
 
 
 def check_digests(directory: Path, files: Mapping[str, FileEntry]) -> None:
@@ -123,6 +133,15 @@ def check_digests(directory: Path, files: Mapping[str, FileEntry]) -> None:
                 f"{directory / name}: damaged, expected crc32 {entry.crc32} over {entry.size:,} bytes, "
                 f"found {digests[name]}"
             )
+
+
+def drop_cached(directory: Path, names: Iterable[str]) -> None:
+    """Let the system forget what it holds of files that are on the disk, where it can: they are read from there next."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    for name in names:
+        with file_errors("read", directory / name), open(directory / name, "rb") as stream:
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _digests(directory: Path, names: list[str]) -> dict[str, str]:

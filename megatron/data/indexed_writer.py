@@ -43,8 +43,8 @@ class IndexedDatasetWriter:
     """Collects documents and, when the `with` block ends without an error, puts PREFIX.bin, .json and .idx in place.
 
     All is written under temporary names (`PREFIX.bin.tmp`), which a second writer of the same prefix finds locked, and
-    which go when the block ends with an error, unless `save` was called; what a killed process leaves of them, the
-    next one overwrites or goes on from. An old .idx goes before the new .bin comes, and the new .idx comes last: an
+    which go when the block ends with an error, unless `keep` is set; what a killed process leaves of them, the next
+    one overwrites or goes on from. An old .idx goes before the new .bin comes, and the new .idx comes last: an
     .idx never stands beside another's .bin.
     """
 
@@ -71,6 +71,8 @@ class IndexedDatasetWriter:
         self._documents: list[npt.NDArray[np.int64]] = [np.zeros(1, dtype=np.int64)]
         self._crc = 0
         self._part = part
+        self.keep = part is not None
+        """Whether the temporary files stay when the block ends with an error."""
         self._sizes_crc = 0
         self._single_sequences = True
         self._saved = 0  # how many of `_sizes` stand in the .idx.tmp
@@ -104,7 +106,7 @@ class IndexedDatasetWriter:
                 self._commit()
                 finished = True
         finally:
-            if not finished and self._part is None:  # the .bin.tmp last: it carries the lock
+            if not finished and not self.keep:  # the .bin.tmp last: it carries the lock
                 for path in (self._idx_path, self._sidecar_path, self._bin_path):
                     _temporary(path).unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # a full disk has been reported before
@@ -150,7 +152,7 @@ class IndexedDatasetWriter:
         self.num_tokens += tokens.size
 
     def save(self) -> PartWritten:
-        """Bring what has been added to the disk, and keep it there whatever comes: a later writer can go on from it.
+        """Bring what has been added to the disk: a later writer can go on from it, if the temporary files stay.
 
         ValueError where a document is not of one sequence.
         """
@@ -170,8 +172,7 @@ class IndexedDatasetWriter:
             stream.flush()
             os.fsync(stream.fileno())
         self._saved = len(self._sizes)
-        self._part = PartWritten(self.num_documents, self.num_tokens, self.max_token_id, self._crc, self._sizes_crc)
-        return self._part
+        return PartWritten(self.num_documents, self.num_tokens, self.max_token_id, self._crc, self._sizes_crc)
 
     def _go_on(self, part: PartWritten) -> None:
         """Cut the temporary files back to `part` and take it up, if they hold it."""
@@ -186,7 +187,7 @@ class IndexedDatasetWriter:
         sizes = np.fromfile(index, dtype="<i4", offset=HEADER.size)
         for path, found, expected in (
             (tokens, crc32_of(tokens), part.bin_crc32),
-            (index, f"{zlib.crc32(sizes):08x}", part.sizes_crc32),
+            (index, f"{zlib.crc32(sizes.tobytes()):08x}", part.sizes_crc32),
         ):
             if found != f"{expected:08x}":
                 raise PartLostError(f"{path} is not what it was")

@@ -38,9 +38,9 @@ from megatron.data.documents import (
     read_chunks,
 )
 from megatron.data.indexed_dataset import best_dtype
-from megatron.data.indexed_writer import IndexedDatasetWriter, PartLostError
+from megatron.data.indexed_writer import IndexedDatasetWriter, PartLostError, PartWritten
 from megatron.data.progress_line import ProgressLine
-from megatron.data.resuming import ResumePoint, describe, read_point
+from megatron.data.resuming import ResumePoint, delete_leftovers, describe, read_point, where_done, write_point
 from megatron.errors import UserError
 from megatron.tokenizer.base import Tokenizer
 from megatron.tokenizer.build import TokenizerFiles
@@ -159,14 +159,16 @@ def _preprocess(
     started = saved = time.monotonic()
     try:
         with contextlib.ExitStack() as stack:
+            parts: Sequence[PartWritten | None] = point.parts or [None] * len(prefixes)
             writers = [
                 stack.enter_context(IndexedDatasetWriter(prefix, dtype, tokenizer, part=part))
-                for prefix, part in zip(prefixes, point.parts or [None] * len(prefixes), strict=True)
+                for prefix, part in zip(prefixes, parts, strict=True)
             ]
             if point.parts:
                 logger.warning("%s: going on after the first %s documents", point_path, f"{point.documents:,}")
             else:
                 point_path.unlink(missing_ok=True)
+            delete_leftovers(point_path)
             line = stack.enter_context(ProgressLine(config.log_interval, position))
             _count_bad(summary, point.skipped, config.skip_bad)
             chunks = read_chunks(files, config.json_keys, config.max_document_bytes, position, point.skip)
@@ -179,10 +181,12 @@ def _preprocess(
                 items += 1
                 line.update(summary.documents - point.documents, summary.input_bytes - point.input_bytes)
                 if can_be_read_again and time.monotonic() - saved >= SAVE_SECONDS:
-                    seconds = point.seconds + time.monotonic() - started
-                    parts = [writer.save() for writer in writers]
-                    ResumePoint.after(items, position, point.run, summary, seconds, parts).write(point_path)
                     saved = time.monotonic()
+                    summary.seconds = point.seconds + saved - started
+                    saved_parts = [writer.save() for writer in writers]
+                    write_point(point_path, _point(point.run, position, items, summary, saved_parts))
+                    for writer in writers:
+                        writer.keep = True
             if summary.documents == 0:
                 raise UserError(_nothing(files, summary.skipped))
             summary.tokens = sum(writer.num_tokens for writer in writers)
@@ -192,6 +196,23 @@ def _preprocess(
         raise
     summary.seconds = point.seconds + time.monotonic() - started
     return summary
+
+
+def _point(
+    run: dict[str, Any], position: ReadPosition, items: int, summary: Summary, parts: list[PartWritten]
+) -> ResumePoint:
+    """The point after `items` items, of which `parts` are on the disk."""
+    finished, skip = where_done(position.items, items)
+    return ResumePoint(
+        run,
+        items=finished,
+        skip=skip,
+        documents=summary.documents,
+        input_bytes=summary.input_bytes,
+        seconds=summary.seconds,
+        skipped=summary.skipped,
+        parts=parts,
+    )
 
 
 def _count_bad(summary: Summary, bad: Sequence[BadDocument], allowed: int) -> None:
@@ -312,7 +333,7 @@ def _result(future: Future[_Encoded], item: Chunk | BadDocument) -> _Encoded:
 def _died(item: Chunk | BadDocument) -> str:
     where = f"{item.file.path} from record {item.first}" if isinstance(item, Chunk) else item.where
     return (
-        f"a worker process died (killed, perhaps for want of memory) at or after {where}; nothing was written; "
+        f"a worker process died (killed, perhaps for want of memory) at or after {where}; no dataset was written; "
         "start again, with fewer --workers if memory is short"
     )
 
