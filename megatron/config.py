@@ -559,6 +559,7 @@ class CheckpointConfig:
             self.save_interval is None or self.save_interval_tokens is None,
             "--save-interval and --save-interval-tokens both say when to save: give one",
         )
+        require(not self.async_save or self.save is not None, "--async-save needs --save DIR, the directory to save to")
         require(
             self.keep_last is None or self.keep_last >= 2,
             f"--keep-last {self.keep_last} must be at least 2: should the newest be damaged, there is another",

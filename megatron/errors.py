@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NoReturn
 
 EXIT_FINISHED = 0
@@ -13,6 +15,11 @@ EXIT_STOPPED = 75
 """The run was asked to stop and has saved: start it again with --load to go on (EX_TEMPFAIL of sysexits.h)."""
 EXIT_INTERRUPTED = 130
 """Interrupted at once, as by a second Ctrl-C (128 + SIGINT)."""
+
+
+MEMORY_ADVICE = (
+    "lower --micro-batch-tokens, or see what --recompute-granularity full and tools/plan_run.py --gpu-memory do"
+)
 
 
 class UserError(Exception):
@@ -38,23 +45,31 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     """
     several = int(os.environ.get("WORLD_SIZE") or 1) > 1
     who = f"[rank {os.environ.get('RANK')}] " if several else ""
+    status: int | None = EXIT_FAILURE
     try:
         status = main()
     except SharedError:
-        sys.exit(EXIT_FAILURE)
+        pass
     except UserError as error:
-        repeated = isinstance(error, CommandLineError) and several and os.environ.get("LOCAL_RANK") != "0"
-        if not repeated:
+        if not (isinstance(error, CommandLineError) and several and os.environ.get("LOCAL_RANK") != "0"):
             print(f"error: {who}{error}", file=sys.stderr)
-        sys.exit(EXIT_FAILURE)
     except MemoryError as error:
-        print(
-            f"error: {who}out of memory ({error}): make the model, the batch or the sequences smaller", file=sys.stderr
-        )
-        sys.exit(EXIT_FAILURE)
+        print(f"error: {who}out of memory ({error}): {MEMORY_ADVICE}", file=sys.stderr)
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
+        status = EXIT_INTERRUPTED
     except BrokenPipeError:
-        sys.exit(EXIT_FAILURE)
+        pass
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
+            print(f"error: {who}out of GPU memory ({error}): {MEMORY_ADVICE}", file=sys.stderr)
+        elif several:
+            traceback.print_exc()
+        else:
+            raise
+    if several and status == EXIT_FAILURE:  # an orderly exit would wait for collectives that will never end
+        with suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(EXIT_FAILURE)
     sys.exit(EXIT_FINISHED if status is None else status)

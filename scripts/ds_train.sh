@@ -51,7 +51,16 @@ fail() {
 trap 'exit 75' TERM USR1 HUP # as long as nothing has been started
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 TRAINER="${TRAINER:-$root/pretrain_gpt2.py}"
-[[ -f $TRAINER ]] || fail "$TRAINER: no such file (sbatch takes scripts/pretrain_gpt2.slurm, not this script)"
+[[ -f $TRAINER ]] || fail "TRAINER=$TRAINER: no such file (for sbatch there is scripts/pretrain_gpt2.slurm)"
+
+count() { # name value least most
+    [[ $2 =~ ^[0-9]{1,9}$ && 10#$2 -ge $3 && 10#$2 -le $4 ]] || fail "$1=$2: expected a number from $3 to $4"
+}
+[[ -z $GPUS_PER_NODE ]] || count GPUS_PER_NODE "$GPUS_PER_NODE" 1 1024
+[[ -z $NNODES ]] || count NNODES "$NNODES" 1 100000
+[[ -z $MASTER_PORT ]] || count MASTER_PORT "$MASTER_PORT" 1 65535
+count MAX_RESTARTS "$MAX_RESTARTS" 0 100000
+[[ -z $CONFIG || -f $CONFIG ]] || fail "CONFIG=$CONFIG: no such file"
 
 dry_run="" arguments=()
 for argument in "$@"; do
@@ -91,7 +100,7 @@ if [[ -z $GPUS_PER_NODE ]]; then
         fail "python has no torch to count the GPUs with: set GPUS_PER_NODE"
 fi
 
-command=(python -m torch.distributed.run --nproc-per-node "$GPUS_PER_NODE" --max-restarts "$MAX_RESTARTS")
+command=(python "$root/scripts/torchrun.py" --nproc-per-node "$GPUS_PER_NODE" --max-restarts "$MAX_RESTARTS")
 if [[ $NNODES = 1 ]]; then
     command+=(--standalone --local-addr 127.0.0.1)
 else

@@ -229,9 +229,9 @@ def overflow(case: Case, rank: int, ranks: int) -> list[list[Any]]:
     return world.gather(seen)
 
 
-def dropout(case: Case, rank: int, ranks: int) -> list[list[float]]:
+def dropout(case: Case, rank: int, ranks: int) -> list[list[Any]]:
     """Of every rank: digests of dropout's masks, as sums over the hidden states of a first block (outside the parallel
-    layers) and over its heads (inside)."""
+    layers) and over its heads (inside); and whether a model that evaluates leaves the generator alone."""
     from dataclasses import replace
 
     from megatron.training.setup import seed_generators
@@ -254,9 +254,13 @@ def dropout(case: Case, rank: int, ranks: int) -> list[list[float]]:
     outer = training.state.model.dropout
     outer.register_forward_hook(lambda module, inputs, output: seen.append(float((output == 0).double().mul(
         torch.arange(output.numel()).view_as(output)).sum())))  # fmt: skip
-    training.state.model.train()
-    training.state.model(torch.zeros(2, 16, dtype=torch.int64))
-    return world.gather(seen)
+    model = training.state.model
+    model.train()
+    model(torch.zeros(2, 16, dtype=torch.int64))
+    before = torch.get_rng_state()
+    model.eval()
+    model(torch.zeros(2, 16, dtype=torch.int64))
+    return world.gather([*seen[:2], torch.equal(before, torch.get_rng_state())])
 
 
 def cases(ranks: int, *, every: bool) -> list[Case]:
@@ -283,7 +287,9 @@ def cases(ranks: int, *, every: bool) -> list[Case]:
 PARTS = {
     "pairs": lambda ranks: [(compare, case) for case in cases(ranks, every=False)],
     "every": lambda ranks: [(compare, case) for case in cases(ranks, every=True)],
-    "compiled": lambda ranks: [(compiled, Case(2, 3)), (compiled, Case(2, 2, True))],
+    "compiled": lambda ranks: [
+        (compiled, Case(2, 3)), (compiled, Case(2, 2, True, "selective")), (compiled, Case(1, 3, False, "full")),
+    ],
     "faults": lambda ranks: [
         (overflow, Case(2, 2)), (overflow, Case(1, 3)), (dropout, Case(2, 2)), (dropout, Case(2, 2, True)),
     ],

@@ -6,10 +6,12 @@ import threading
 from datetime import timedelta
 
 import pytest
+import torch
 import torch.distributed as dist
 
-from megatron.distributed.launch import rendezvous
-from megatron.errors import UserError
+from megatron.config import TrainingConfig
+from megatron.distributed.launch import Environment, choose_device, rendezvous, require_one_kind
+from megatron.errors import SharedError, UserError
 
 
 def meet(store: dist.Store, ranks: list[int], size: int, seconds: float = 20) -> dict[int, dist.Store | str]:
@@ -73,3 +75,22 @@ def test_who_is_missing_is_said(present):
     said = meet(dist.HashStore(), present, 2, seconds=0.3)[present[0]]
     assert f"rank {1 - present[0]}" in said
     assert "did not come within 0 s" in said
+
+
+def test_every_local_rank_has_a_gpu_of_its_own(monkeypatch):
+    """With an index for the first too: torch.cuda.set_device takes none without."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    training = TrainingConfig(train_iters=1)
+    assert [choose_device(training, rank).index for rank in (0, 1)] == [0, 1]
+    with pytest.raises(UserError, match="local rank 2 has no GPU: the node has 2"):
+        choose_device(training, 2)
+
+
+def test_ranks_with_and_without_a_gpu_do_not_start():
+    store = dist.HashStore()
+    store.set("device/1", "cpu")
+    with pytest.raises(UserError, match="no GPU on rank 1, but on others"):
+        require_one_kind(store, Environment(rank=0, size=2), torch.device("cuda", 0))
+    with pytest.raises(SharedError):
+        require_one_kind(store, Environment(rank=1, size=2), torch.device("cpu"))

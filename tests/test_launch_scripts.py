@@ -17,7 +17,7 @@ from megatron.arguments import build_parser, parse_config
 ROOT = Path(__file__).parents[1]
 LAUNCHER = ROOT / "scripts/ds_train.sh"
 BATCH = ROOT / "scripts/pretrain_gpt2.slurm"
-TORCHRUN = ["python", "-m", "torch.distributed.run"]
+TORCHRUN = ["python", str(ROOT / "scripts/torchrun.py")]
 ONE_PROCESS = [*TORCHRUN, *"--nproc-per-node 1 --max-restarts 0 --standalone --local-addr 127.0.0.1".split()]
 TRAINER = str(ROOT / "pretrain_gpt2.py")
 DEADLINE = 90
@@ -202,8 +202,8 @@ def test_no_curriculum_steps_turn_a_recipe_into_its_baseline(name):
 
 def test_arguments_come_last_and_odd_names_stay_whole(tmp_path):
     odd = """a b/it's "$HOME" `x`; *"""
-    result = run(LAUNCHER, "--lr", "1e-3", "--dry-run", odd, CONFIG=odd, LR="6e-4", SAVE=odd, cwd=tmp_path)
-    words = [TRAINER, "--config", odd, "--lr", "6e-4", "--save", odd, "--load", odd, "--lr", "1e-3", odd]
+    result = run(LAUNCHER, "--lr", "1e-3", "--dry-run", odd, LR="6e-4", MERGE_FILE=odd, SAVE=odd, cwd=tmp_path)
+    words = [TRAINER, "--lr", "6e-4", "--merge-file", odd, "--save", odd, "--load", odd, "--lr", "1e-3", odd]
     pasted = subprocess.run(
         ["bash", "-c", "printf '%s\\0' " + result.stdout], capture_output=True, text=True, check=True, cwd=tmp_path
     )
@@ -235,6 +235,11 @@ def test_nodes_by_hand():
     ("variables", "said"),
     [
         ({"NNODES": "2"}, "NNODES=2 needs MASTER_ADDR"),
+        ({"NNODES": "0"}, "NNODES=0: expected a number from 1"),
+        ({"GPUS_PER_NODE": "x"}, "GPUS_PER_NODE=x: expected a number from 1"),
+        ({"MAX_RESTARTS": "-1"}, "MAX_RESTARTS=-1: expected a number from 0"),
+        ({"MASTER_PORT": "99999999"}, "MASTER_PORT=99999999: expected a number from 1 to 65535"),
+        ({"CONFIG": "/no/such.yaml"}, "CONFIG=/no/such.yaml: no such file"),
         ({"TRAINER": "/no/such.py"}, "/no/such.py: no such file"),
         ({"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_LOCALID": "1"}, "--ntasks-per-node=1"),
         ({"SLURM_JOB_ID": "7"}, "srun: not found"),
@@ -339,14 +344,16 @@ def test_the_status_is_that_of_the_run(tmp_path, trainer, how, status):
 def idle_torchrun(tmp_path):
     """PYTHONPATH of a torchrun that starts no worker, and leaves with 1 on SIGTERM."""
     package = tmp_path / "path/torch/distributed"
-    package.mkdir(parents=True)
-    for directory in (package.parent, package):
+    elastic = package / "elastic/multiprocessing"
+    elastic.mkdir(parents=True)
+    for directory in (package.parent, package, elastic.parent, elastic):
         (directory / "__init__.py").touch()
+    (elastic / "errors.py").write_text("class ChildFailedError(Exception): pass\n")
     (package / "run.py").write_text(
         "import pathlib, signal, sys, time\n"
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))\n"
         f"pathlib.Path({str(tmp_path / 'running')!r}).touch()\n"
-        "time.sleep(60)\n"
+        "def main(): time.sleep(60)\n"
     )
     return str(tmp_path / "path")
 

@@ -94,3 +94,4 @@ def test_dropout_under_tensor_parallelism(faults):
     assert len(set(inside)) == 4
     assert len({rank[0] for rank in split}) == 4
     assert len({rank[1] for rank in split}) == 4
+    assert all(rank[2] for rank in [*equal, *split])

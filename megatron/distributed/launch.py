@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from megatron.config import Config, TrainingConfig
 from megatron.distributed.watch import Watch
 from megatron.distributed.world import World
-from megatron.errors import UserError
+from megatron.errors import CommandLineError, SharedError, UserError
 from megatron.layout import layout_of
 
 POLL_SECONDS = 0.02
@@ -99,7 +99,7 @@ def choose_device(training: TrainingConfig, local_rank: int = 0) -> torch.device
             f"local rank {local_rank} has no GPU: the node has {torch.cuda.device_count()}; give torchrun an "
             "--nproc-per-node of at most that, or --device cpu"
         )
-    return torch.device("cuda", local_rank) if local_rank else torch.device("cuda")
+    return torch.device("cuda", local_rank)
 
 
 @contextmanager
@@ -110,7 +110,10 @@ def connect(config: Config) -> Iterator[tuple[World, Watch]]:
         UserError: for a layout that does not fit, a device that is missing, ranks that do not come.
     """
     environment = read_environment()
-    layout = layout_of(config, environment.size)
+    try:
+        layout = layout_of(config, environment.size)
+    except UserError as error:
+        raise CommandLineError(str(error)) from None  # found alike on every rank
     device = choose_device(config.training, environment.local_rank)
     if config.training.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it, before its first use
@@ -128,8 +131,9 @@ def connect(config: Config) -> Iterator[tuple[World, Watch]]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     with Watch(environment.rank, environment.size, store, timeout=timeout.total_seconds()) as watch:
-        # Longer than the watch's, which says more.
-        patience = timeout + timedelta(seconds=30)
+        require_one_kind(store, environment, device)
+        # Longer than the watch's, which says more; control and background also wait where the watch is patient.
+        patience, endless = timeout + timedelta(seconds=30), timedelta(days=7)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
             store=store,
@@ -144,15 +148,21 @@ def connect(config: Config) -> Iterator[tuple[World, Watch]]:
             layout=layout,
             device=device,
             mesh=init_device_mesh(device.type, sizes, mesh_dim_names=("replicate", "shard", "tp")),
-            control=dist.new_group(backend="gloo", timeout=patience),
-            background=dist.new_group(backend="gloo", timeout=patience) if config.checkpoint.async_save else None,
+            control=dist.new_group(backend="gloo", timeout=endless),
+            background=dist.new_group(backend="gloo", timeout=endless) if config.checkpoint.async_save else None,
         )
-        kinds = world.gather(device.type)
-        if len(set(kinds)) > 1:
-            missing = [str(rank) for rank, kind in enumerate(kinds) if kind == "cpu"]
-            raise UserError(f"no GPU on rank {', '.join(missing)}, but on others: mend the node, or give --device cpu")
         yield world, watch
         dist.destroy_process_group()
+
+
+def require_one_kind(store: dist.Store, environment: Environment, device: torch.device) -> None:
+    """Raise UserError, before there are process groups, where some ranks have a GPU and others do not."""
+    store.set(f"device/{environment.rank}", device.type)
+    kinds = [store.get(f"device/{rank}").decode() for rank in range(environment.size)]
+    if len(set(kinds)) > 1:
+        missing = ", ".join(str(rank) for rank, kind in enumerate(kinds) if kind == "cpu")
+        fault = f"no GPU on rank {missing}, but on others: mend the node, or give --device cpu"
+        raise UserError(fault) if environment.rank == 0 else SharedError(fault)
 
 
 def open_store(environment: Environment, timeout: timedelta) -> dist.Store:

@@ -58,8 +58,18 @@ def compile_model(model: GPT2Model, device: torch.device, training: TrainingConf
         return False
     # Without this a number of tokens that happens to equal the hidden size is taken for it, and compiled for anew.
     torch.fx.experimental._config.use_duck_shape = False
+    selective = training.recompute_granularity == "selective"
+    torch._functorch.config.activation_memory_budget = SELECTIVE_MEMORY_BUDGET if selective else 1.0
+    if hasattr(torch._functorch.config, "unsafe_treat_script_objects_as_zero_size"):
+        # The budget asks for the size of all inputs; those that are no tensors are process groups.
+        torch._functorch.config.unsafe_treat_script_objects_as_zero_size = True
     # Dropout of attention under tensor parallelism swaps the generator, which cannot be traced.
     whole = "attend" not in vars(model.blocks[0].attention)
+    if not whole:
+        report(
+            "attention dropout with tensor parallelism is left out of the compiled graphs: --sequence-parallel, or no "
+            "--attention-dropout, is faster"
+        )
     for block in model.blocks:
         block.forward = torch.compile(block.forward, dynamic=True, fullgraph=whole)  # type: ignore[method-assign]
     model.head.loss = torch.compile(model.head.loss, dynamic=True, fullgraph=True)  # type: ignore[method-assign]
@@ -68,10 +78,7 @@ def compile_model(model: GPT2Model, device: torch.device, training: TrainingConf
 
 def recompute(model: GPT2Model, granularity: str, *, compiled: bool) -> None:
     """Keep less of each block for its backward pass, as --recompute-granularity says."""
-    if granularity == "none":
-        return
-    if granularity == "selective" and compiled:
-        torch._functorch.config.activation_memory_budget = SELECTIVE_MEMORY_BUDGET
+    if granularity == "none" or (granularity == "selective" and compiled):  # which is then the compiler's affair
         return
     contexts: dict[str, Any] = {}
     if granularity == "selective":

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
-from megatron.model.gpt2 import GPT2Model, Head, PositionEmbedding, padding_bias
+from megatron.model.gpt2 import Attention, GPT2Model, Head, PositionEmbedding, padding_bias
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def split_model(model: GPT2Model, region: Region) -> None:
         block.attention.qkv = ColumnParallelLinear(block.attention.qkv, region)
         block.attention.output = RowParallelLinear(block.attention.output, region)
         if block.attention.dropout and not region.sequence_parallel:
-            block.attention.attend = _with_own_dropout(block.attention.attend, region.rank)
+            block.attention.attend = _with_own_dropout(block.attention, region.rank)
         block.mlp_norm = ParallelLayerNorm(block.mlp_norm, region)
         block.mlp.up = ColumnParallelLinear(block.mlp.up, region)
         block.mlp.down = RowParallelLinear(block.mlp.down, region)
@@ -226,14 +226,17 @@ def own_rows(tokens: Tensor, rows: int, rank: int) -> tuple[Tensor, Tensor]:
     return shifted.where(mine, 0), mine
 
 
-def _with_own_dropout(attend: Callable[..., Tensor], rank: int) -> Callable[..., Tensor]:
+def _with_own_dropout(attention: Attention, rank: int) -> Callable[..., Tensor]:
     """`attend` with dropout of its own on each rank, whose heads differ, while the generators outside stay equal.
 
     Its seed is drawn from the outer generator, so that recomputation finds the same one again.
     """
+    attend = attention.attend
 
     @torch.compiler.disable
     def own(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        if not attention.training:
+            return attend(q, k, v, mask)
         seed = int(torch.randint(2**62, ()))
         with torch.random.fork_rng(devices=[q.device] if q.device.type == "cuda" else []):
             torch.manual_seed(seed + rank)

@@ -227,9 +227,9 @@ class _Main:
                 self._close(channel.socket)
                 return
             self._end(f"{rank} died, last seen at {rank.what}: killed or crashed (dmesg there tells if memory ran out)")
-        except OSError as error:
+        except (OSError, ValueError) as error:
             rank.channel = None
-            self._end(f"{rank} cannot be reached ({error.strerror or error}), last seen at {rank.what}")
+            self._end(f"{rank} cannot be reached ({error}), last seen at {rank.what}")
 
     def _note(self, rank: _Rank, channel: Channel, message: dict[str, Any]) -> None:
         if "at" in message:

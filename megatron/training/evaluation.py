@@ -69,7 +69,8 @@ def evaluate(
     """
     samples = min(samples, dataset.num_samples_per_epoch)
     seq_length = dataset.seq_length
-    chunk = training.micro_batch_sequences(seq_length, seq_length)
+    # No more at a time than training holds.
+    chunk = min(training.micro_batch_sequences(seq_length, seq_length), training.global_batch_size // world.layout.dp)
     own = share(samples, world.dp_rank, world.layout.dp)
     passes = math.ceil(math.ceil(samples / world.layout.dp) / chunk)
     position_losses = PositionLosses(seq_length, world.device)

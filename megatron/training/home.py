@@ -31,21 +31,24 @@ EXIT_FILE = "exit.json"
 
 
 def check_homes(config: CheckpointConfig) -> None:
-    """Refuse, before anything is built, a --save that is not given or that holds another run."""
+    """Refuse, before anything is built, a --save that is missing or holds another run; forget the last exit."""
     if config.save is None:
         if config.save_interval is not None or config.save_interval_tokens is not None:
             raise UserError("--save-interval needs --save DIR, the directory to save to")
         return
     home = Path(config.save)
     log = home / METRICS_FILE
-    if not any((home / CHECKPOINTS).glob("iter_*")) and not (log.exists() and log.stat().st_size):
-        return
-    if not continues(config):
-        raise UserError(
-            f"--save {home} already holds a run: add --load {home} to continue it, or choose another directory"
-        )
-    if config.finetune:
-        raise UserError(f"--finetune starts a new run, but --save {home} already holds one: choose another directory")
+    if any((home / CHECKPOINTS).glob("iter_*")) or (log.exists() and log.stat().st_size):
+        if not continues(config):
+            raise UserError(
+                f"--save {home} already holds a run: add --load {home} to continue it, or choose another directory"
+            )
+        if config.finetune:
+            raise UserError(
+                f"--finetune starts a new run, but --save {home} already holds one: choose another directory"
+            )
+    with file_errors("delete", home / EXIT_FILE):
+        (home / EXIT_FILE).unlink(missing_ok=True)
 
 
 def continues(config: CheckpointConfig) -> bool:
@@ -122,7 +125,15 @@ def take_over(state: TrainState, checkpoint: Checkpoint, config: Config, world: 
 
 def layout_name(config: Config, world: World) -> str:
     """What of the layout decides the last bits of a step."""
-    return f"{world.layout}{' sequence parallel' if config.parallel.sequence_parallel else ''}"
+    layout, parallel = world.layout, config.parallel
+    parts = [str(layout)]
+    if parallel.sequence_parallel:
+        parts.append("sequence parallel")
+    if layout.dp > 1:
+        parts.append(
+            f"ZeRO {parallel.zero_stage}{f' within {layout.shard}' if parallel.data_parallel_shard_size else ''}"
+        )
+    return ", ".join(parts)
 
 
 def open_home(config: Config, state: TrainState, console: ProgressLine) -> None:
@@ -138,8 +149,6 @@ def open_home(config: Config, state: TrainState, console: ProgressLine) -> None:
     reap_temporary(directory, console.message)
     set_aside_newer(directory, state.progress.iteration, console.message)
     check_space(directory, collect(state.model, state.optimizer if config.checkpoint.save_optim else None))
-    with file_errors("delete", home / EXIT_FILE):
-        (home / EXIT_FILE).unlink(missing_ok=True)
     write_atomic(home / "config.yaml", to_yaml(config))
 
 

@@ -127,7 +127,11 @@ def _pretrain(
                 config, state, datasets, vocabulary.eod, loader, metrics, console, saver, forward_step, settings,
                 world, watch, stop,
             )  # fmt: skip
-            return run.train()
+            try:
+                return run.train()
+            except Exception as error:
+                watch.failed(str(error).partition("\n")[0])  # before what closes here, and may wait for other ranks
+                raise
 
 
 def open_data(config: Config) -> tuple[Vocabulary, Datasets]:
@@ -363,10 +367,9 @@ class Run:
         return self._stop.reason is not None
 
     def _largest_batch(self) -> Batch:
-        """A full-length step of zeros, with the masks that this run uses."""
-        return self._batch(
-            np.zeros((self.schedules.global_batch_size, self.config.model.seq_length + 1), dtype=np.int64)
-        )
+        """This rank's share of a full-length step, of zeros, with the masks that this run uses."""
+        sequences = self.schedules.global_batch_size // self._world.layout.dp
+        return self._batch(np.zeros((sequences, self.config.model.seq_length + 1), dtype=np.int64))
 
     def _batch(self, samples: np.ndarray) -> Batch:
         data = self.config.data
@@ -420,7 +423,7 @@ def describe(config: Config, datasets: Datasets, vocab_size: int, world: World, 
     per_epoch = datasets.train.num_samples_per_epoch
     ranks = str(world.device.type)
     if world.size > 1:
-        ranks = f"{world.size} x {ranks} ({layout_name(config, world)}, ZeRO {config.parallel.zero_stage})"
+        ranks = f"{world.size} x {ranks} ({layout_name(config, world)})"
     lines = [
         f"model      {config.model.num_layers} layers, hidden {config.model.hidden_size}, "
         f"{config.model.num_attention_heads} heads, {format_count(parameters)} parameters, vocabulary {vocab_size:,}",

@@ -1,4 +1,7 @@
-"""One optimizer step: forward and backward over micro-batches, clip, update; one exchange of numbers between ranks."""
+"""One optimizer step: forward and backward over micro-batches, clip, update.
+
+Ranks exchange their numbers once a step, and their counts of tokens before it where a mask makes them differ.
+"""
 
 from __future__ import annotations
 
