@@ -237,7 +237,8 @@ def read_recipe(path: Path, within: tuple[Path, ...] = ()) -> list[tuple[Path, l
     if path.resolve() in within:
         raise UserError(f"--config {path}: the recipe builds on itself")
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_RecipeLoader)
+        text = path.read_text(encoding="utf-8")
+        content = yaml.load(text, Loader=_RecipeLoader)  # nosec B506 # a BaseLoader: texts, lists, mappings, no objects
     except FileNotFoundError:
         raise UserError(f"--config {path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:

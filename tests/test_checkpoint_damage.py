@@ -7,6 +7,8 @@ import os
 import pickle
 import random
 import shutil
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -15,10 +17,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron.checkpointing import manifest as manifests
-from megatron.checkpointing.checkpoint import load_checkpoint, save_checkpoint
+from megatron.checkpointing.checkpoint import find_whole, load_checkpoint, save_checkpoint
 from megatron.checkpointing.commit import LATEST, find_latest, reap_temporary
 from megatron.checkpointing.manifest import MANIFEST, FileEntry, Manifest, read_manifest
 from megatron.checkpointing.tensors import Piece, read_tensors, write_pieces
+from megatron.checkpointing.verification import verify_checkpoint
 from megatron.errors import UserError
 
 SHARD = "shard-00001-model-00001-of-00001.safetensors"
@@ -50,33 +53,81 @@ def describe_again(path: Path) -> None:
     rewrite_manifest(path, manifests.describe(path, [name for name in FILES if name != MANIFEST]))
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_every_flipped_bit_tried_is_detected_and_named(directory: Path, name: str) -> None:
-    path = newest(directory)
-    original = (path / name).read_bytes()
-    positions = range(8 * len(original))
-    for position in random.Random(0).sample(positions, min(200, len(positions))):
+def require_named(directory: Path, path: Path) -> None:
+    """The damaged file `path` of the newest checkpoint is named by whatever reads it, with what to do about it."""
+    with pytest.raises(UserError) as caught:
+        find_whole(directory, fallback=False)
+    message, older = str(caught.value), directory / "iter_0000005"
+    assert f"{path}: " in message and message.endswith(
+        f"; the newest older whole checkpoint is {older}: take it with --load-fallback, or name it with --load"
+    )
+    lines: list[str] = []
+    found = find_whole(directory, fallback=True, report=lines.append)
+    assert found is not None and (found.path, found.iteration, found.state) == (older, 5, {"i": 5})
+    assert len(lines) == 1
+    assert lines[0].startswith(f"--load-fallback: {path.parent} is damaged and left behind: {path}: ")
+    faults = verify_checkpoint(path.parent).faults
+    assert faults and all(fault.startswith(f"{path}: ") for fault in faults)
+
+
+def flip(directory: Path, name: str, first: int, end: int, count: int) -> None:
+    """Flip `count` random bits of the bytes from `first` to before `end` of a file, one at a time: each is found."""
+    path = newest(directory) / name
+    original = path.read_bytes()
+    positions = range(8 * first, 8 * min(end, len(original)))
+    for position in random.Random(0).sample(positions, min(count, len(positions))):
         flipped = bytearray(original)
         flipped[position // 8] ^= 1 << position % 8
-        (path / name).write_bytes(flipped)
-        with pytest.raises(UserError) as caught:
-            load_checkpoint(path)
-        assert str(path / name) in str(caught.value) and str(directory / "iter_0000005") in str(caught.value)
-    (path / name).write_bytes(original)
-    load_checkpoint(path)
+        path.write_bytes(flipped)
+        require_named(directory, path)
+    path.write_bytes(original)
+    load_checkpoint(path.parent)
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_every_truncation_tried_is_detected_and_never_resumed_from(directory: Path, name: str) -> None:
-    path = newest(directory)
-    original = (path / name).read_bytes()
-    for size in {0, 1, len(original) // 2, len(original) - 1}:
-        (path / name).write_bytes(original[:size])
-        with pytest.raises(UserError, match=name):
-            load_checkpoint(path)
+def truncate(directory: Path, name: str, sizes: Iterable[int]) -> None:
+    """Cut a file to each of `sizes`: each is found, and by the mere size."""
+    path = newest(directory) / name
+    original = path.read_bytes()
+    for size in sizes:
+        path.write_bytes(original[:size])
+        require_named(directory, path)
         lines: list[str] = []
         assert find_latest(directory, lines.append) == directory / "iter_0000005"
         assert name in lines[0] and "iter_0000010" in lines[0]
+    path.write_bytes(original)
+
+
+def header_end(directory: Path) -> int:
+    """Where the header of the shard ends and its data begin."""
+    content = (newest(directory) / SHARD).read_bytes()
+    return 8 + int.from_bytes(content[:8], "little")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_flipped_bits_are_detected_and_named(directory: Path, name: str) -> None:
+    flip(directory, name, 0, sys.maxsize, 50)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_truncations_are_detected_and_never_resumed_from(directory: Path, name: str) -> None:
+    size = (newest(directory) / name).stat().st_size
+    truncate(directory, name, {0, 1, size - 1, *random.Random(0).sample(range(size), min(22, size))})
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("name", [*FILES, "header of the shard"])
+def test_200_flipped_bits_of_each_part_are_detected_and_named(directory: Path, name: str) -> None:
+    end = header_end(directory)
+    if name in FILES:
+        flip(directory, name, end if name == SHARD else 0, sys.maxsize, 200)
+    else:
+        flip(directory, SHARD, 0, end, 200)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("name", FILES)
+def test_truncation_to_every_length_is_detected_and_named(directory: Path, name: str) -> None:
+    truncate(directory, name, range((newest(directory) / name).stat().st_size))
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -92,7 +143,9 @@ def test_message_says_what_was_expected_and_found_and_what_to_do(directory: Path
     with open(shard, "r+b") as stream:
         stream.seek(-1, os.SEEK_END)
         stream.write(b"\xff")
-    with pytest.raises(UserError, match=r"damaged, expected crc32 \w{8} over [\d,]+ bytes, found \w{8}; go on from"):
+    with pytest.raises(
+        UserError, match=r"damaged, expected crc32 \w{8} over [\d,]+ bytes, found \w{8}; the newest older"
+    ):
         load_checkpoint(newest(directory))
     shutil.rmtree(directory / "iter_0000005")
     with pytest.raises(UserError, match="there is no older whole checkpoint beside it"):
@@ -238,9 +291,54 @@ def test_interrupted_replacement_is_found_and_finished(directory: Path) -> None:
     assert reap_temporary(directory) == [aside]
     assert find_latest(directory) == newest(directory)
     shutil.copytree(newest(directory), aside)
-    os.unlink(newest(directory) / SHARD)
+    (newest(directory) / SHARD).write_bytes(bytes((newest(directory) / SHARD).stat().st_size))
     assert reap_temporary(directory) == [], "the old one is all there is"
+    os.unlink(newest(directory) / SHARD)
+    assert reap_temporary(directory) == []
     assert find_latest(directory) == aside
+
+
+@pytest.mark.parametrize("fallback", [False, True])
+def test_without_a_manifest_it_was_never_finished_and_is_no_damage(directory: Path, fallback: bool) -> None:
+    os.unlink(newest(directory) / MANIFEST)
+    shutil.copytree(newest(directory), directory / "iter_0000020.gone-0123abcd")
+    lines: list[str] = []
+    found = find_whole(directory, fallback=fallback, report=lines.append)
+    assert found is not None and found.iteration == 5
+    assert lines == [
+        f"{directory / 'iter_0000020.gone-0123abcd'}: ignored, what is left of a deleted checkpoint",
+        f"{newest(directory)}: ignored, never finished: it has no {MANIFEST}",
+    ]
+    os.unlink(directory / "iter_0000005" / MANIFEST)
+    with pytest.raises(UserError, match=r"none of its 2 checkpoints is whole \(newest: iter_0000010, without"):
+        find_whole(directory, fallback=fallback)
+    assert find_whole(directory / "nowhere", fallback=fallback) is None
+
+
+@pytest.mark.parametrize("fallback", [False, True])
+def test_what_is_damaged_throughout_is_an_error_not_a_fresh_start(directory: Path, fallback: bool) -> None:
+    for path in directory.glob("iter_*"):
+        (path / SHARD).write_bytes(bytes((path / SHARD).stat().st_size))
+    expected = (
+        r"--load-fallback: none of the 2 .*\(newest: iter_0000010\)" if fallback else rf"{SHARD}: damaged, expected"
+    )
+    lines: list[str] = []
+    with pytest.raises(UserError, match=expected):
+        find_whole(directory, fallback=fallback, report=lines.append)
+    assert [line.split()[1] for line in lines] == [str(newest(directory)), f"{directory / 'iter_0000005'}"][
+        : 2 * fallback
+    ]
+    shutil.rmtree(directory / "iter_0000005")
+    with pytest.raises(UserError, match=rf"{SHARD}: damaged, .*there is no older whole checkpoint beside it"):
+        find_whole(directory, fallback=fallback)
+
+
+def test_fallback_is_not_for_a_checkpoint_that_was_named(directory: Path) -> None:
+    (newest(directory) / "state.json").write_text("{}")
+    with pytest.raises(UserError, match=r"state\.json: damaged, .* older whole checkpoint is .*iter_0000005"):
+        find_whole(newest(directory), fallback=True)
+    found = find_whole(directory / "iter_0000005", fallback=False)
+    assert found is not None and found.config_text == "seed: 5\n"
 
 
 def test_named_checkpoint_that_is_not_whole_is_an_error_not_a_fresh_start(directory: Path) -> None:

@@ -240,8 +240,32 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_again(corpus, st
     log = (home / "metrics.jsonl").read_bytes()
     result = run(corpus, "--train-iters", "20", "--save", str(home), "--load", str(home))
     assert result.returncode == 1
-    assert "none of its 1 checkpoints is whole (newest: iter_0000020)" in result.stderr
+    assert "iter_0000020/shard-00001" in result.stderr
+    assert "there is no older whole checkpoint beside it" in result.stderr
     assert (home / "metrics.jsonl").read_bytes() == log
+
+
+def test_a_damaged_checkpoint_is_refused_or_left_behind_loudly(corpus, straight, tmp_path):
+    """With --keep-last 2 there is one more to go back to; the run then ends as if nothing had been."""
+    home = tmp_path / "run"
+    flags = ["--train-iters", "20", "--save", str(home), "--load", str(home), "--save-interval", "4"]
+    assert run(corpus, *flags, "--keep-last", "2", "--keep-every", "8", "--exit-interval", "14").returncode == 75
+    names = sorted(p.name for p in (home / "checkpoints").glob("iter_*"))
+    assert names == ["iter_0000008", "iter_0000012", "iter_0000014"]
+    shard = next((home / "checkpoints/iter_0000014").glob("*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    refused = run(corpus, *flags)
+    assert refused.returncode == 1
+    assert "iter_0000014" in refused.stderr
+    assert "iter_0000012" in refused.stderr
+    assert "--load-fallback" in refused.stderr
+    taken = run(corpus, *flags, "--load-fallback")
+    assert taken.returncode == 0, taken.stderr
+    assert "iter_0000014 is damaged and left behind" in taken.stdout
+    assert "resumed from" in taken.stdout
+    assert log_of(home) == log_of(straight)
 
 
 def test_a_run_can_go_back_to_an_older_checkpoint(corpus, straight, tmp_path):

@@ -22,21 +22,25 @@ from megatron.checkpointing.export import export_weights
 from megatron.checkpointing.manifest import read_manifest
 from megatron.checkpointing.saver import Saver
 from megatron.checkpointing.tensors import read_tensors, stored_tensors
+from megatron.checkpointing.verification import verify_checkpoint
 from megatron.distributed.world import World
 from megatron.errors import UserError
 
 PROGRAM = Path(__file__).with_name("checkpoint_ranks.py")
+RETENTION = Path(__file__).with_name("retention_ranks.py")
 PATHS = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
 ENVIRONMENT = os.environ | {"PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 SECONDS = 120
 ALONE = {"alone": World()}
 
 
-def run(parts: str, directory: Path, ranks: int, statuses: tuple[int, ...] | None = None) -> list[dict[str, Any]]:
+def run(
+    parts: str, directory: Path, ranks: int, statuses: tuple[int, ...] | None = None, program: Path = PROGRAM
+) -> list[dict[str, Any]]:
     """What each of `ranks` processes printed; they must end with `statuses` (default: 0)."""
     processes = [
         subprocess.Popen(
-            [sys.executable, str(PROGRAM), parts, str(directory), str(rank), str(ranks)],
+            [sys.executable, str(program), parts, str(directory), str(rank), str(ranks)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -77,6 +81,10 @@ def test_every_layout_loads_what_every_layout_saved(tmp_path: Path) -> None:
         assert files == [f"shard-{n:05d}-model-00001-of-00001.safetensors" for n in range(1, sizes[name] + 1)]
         stored = stored_tensors(path)  # refuses a tensor of which a value is missing or there twice
         assert len(stored) == 4 * len(SHAPES) + 1
+        verdict = verify_checkpoint(path)
+        assert (verdict.faults, verdict.tensors) == ([], len(stored)), (
+            "the pieces of every layout make up whole tensors"
+        )
         export_weights(tmp_path / name, tmp_path / "out.safetensors", dtype=None, force=True)
         exported, expected = load_file(tmp_path / "out.safetensors"), load_file(tmp_path / f"{name}.expected")
         weights = {key.removeprefix("model."): value for key, value in expected.items() if key.startswith("model.")}
@@ -136,6 +144,36 @@ def test_background_save_that_fails_on_one_rank_is_told_at_the_next(faults: list
 def test_training_that_fails_lets_the_background_save_finish(faults: list[dict[str, Any]]) -> None:
     assert "iter_0000004" in faults[0]["saved although training failed"][0]
     assert all(seen["whole although training failed"] for seen in faults)
+
+
+def test_ranks_read_back_let_old_ones_go_and_fall_back_together(tmp_path: Path) -> None:
+    """One test, since its processes take long to start."""
+    told = run("retention", tmp_path, 2, program=RETENTION)
+    background, foreground = ([seen[name] for seen in told] for name in ("background", "foreground"))
+    for directory, ranks in (("background", background), ("foreground", foreground)):
+        path = tmp_path / directory
+        saved = [f"saved {path}/iter_000000{n}" for n in range(1, 6)]
+        deleted = [f"deleted iter_000000{n} (--keep-last 2)" for n in (1, 2)]
+        assert ranks[0]["reports"] == [*saved[:3], deleted[0], saved[3], deleted[1], saved[4]]
+        assert ranks[1]["reports"] == [], "rank 0 speaks and deletes"
+        assert all(seen["left"] == ["iter_0000003", "iter_0000004", "iter_0000005"] for seen in ranks)
+        shares = [set(seen["read back"]) for seen in ranks]
+        files = read_manifest(path / "iter_0000004").files.keys()
+        assert shares[0] | shares[1] == files and not shares[0] & shares[1], "each file once"
+        assert all(share & {name for name in files if name.startswith("shard-")} for share in shares)
+
+    for rank, seen in enumerate(told):
+        kind, message = seen["spoilt"]
+        assert kind == ("UserError" if rank == 1 else "SharedError")
+        assert "expected crc32" in message and "none was deleted" in message
+        assert seen["left with a spoilt one"] == [f"iter_000000{n}" for n in (3, 4, 5, 6)]
+        kind, message = seen["refused"]
+        assert kind == ("UserError" if rank == 1 else "SharedError")
+        assert "iter_0000006/shard-00002" in message and "iter_0000005: take it with --load-fallback" in message
+        assert seen["fallen back"] == 5
+    (line,) = told[0]["left behind"]
+    assert "iter_0000006 is damaged and left behind: rank 1: " in line and "shard-00002" in line
+    assert told[1]["left behind"] == []
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -132,7 +132,10 @@ def read_back(path: Path, world: World, group: dist.ProcessGroup | None) -> None
     try:
         world.everywhere(check, group)
     except UserError as error:
-        raise type(error)(f"{error}, just after it was written: check that disk; nothing older was deleted") from error
+        raise type(error)(
+            f"{error}, just after it was written: check that disk, then go on from an older checkpoint with "
+            "--load-fallback; none was deleted"
+        ) from error
 
 
 def load_checkpoint(path: Path, *, world: World = ALONE, verify: bool = True) -> Checkpoint:

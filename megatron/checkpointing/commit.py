@@ -1,4 +1,4 @@
-"""When a checkpoint counts as saved: publishing it, finding the newest, clearing away what died halfway.
+"""When a checkpoint counts as saved: publishing it, finding the newest, letting old ones go, clearing away remainders.
 
 Names in a directory of checkpoints:
 
@@ -93,6 +93,38 @@ def delete_checkpoint(path: Path) -> None:
         shutil.rmtree(path)
 
 
+def retain(directory: Path, saved: int, *, keep_last: int, keep_every: int | None, report: Report) -> None:
+    """Delete the checkpoints in `directory` that are older than that of iteration `saved`, which was read back whole.
+
+    The newest `keep_last` (2 or more) whole ones stay, `saved` among them, and all whose iteration is a multiple of
+    `keep_every`. Of an older one a sound manifest and the sizes of its files are checked, not the digests, which would
+    double what a save reads: the one before `saved` was read back too when it was written, or loaded, by this run.
+    What is not whole counts for nothing and stays, and so does what is newer than `saved`. `report` gets a line for
+    each that is not whole, for what was deleted, and for what could not be: that is no reason to end a run.
+    """
+    kept, deleted = 1, []
+    for iteration, kind, path in _listed(directory):
+        if kind is not None or iteration >= saved:
+            continue
+        if kept >= keep_last and keep_every is not None and iteration % keep_every == 0:
+            continue
+        try:
+            open_manifest(path)
+        except UserError as error:
+            report(f"{path}: not deleted and not counted by --keep-last, it is not whole: {error}")
+            continue
+        if kept < keep_last:
+            kept += 1
+            continue
+        try:
+            delete_checkpoint(path)
+            deleted.append(path.name)
+        except UserError as error:
+            report(f"--keep-last {keep_last}: {error}")
+    if deleted:
+        report(f"deleted {', '.join(deleted)} (--keep-last {keep_last})")
+
+
 def named_checkpoints(directory: Path, report: Report = lambda line: None) -> list[Path]:
     """What stands in `directory` under a checkpoint's name, whole or not, newest first; `directory` may itself be one.
 
@@ -130,11 +162,6 @@ def find_latest(directory: Path, report: Report = lambda line: None) -> Path | N
                 raise
             report(f"{path}: ignored, not whole: {error}")
     return None
-
-
-def damaged_checkpoints(directory: Path) -> list[Path]:
-    """The directories in `directory` that bear a checkpoint's final name, newest first, when none of them is whole."""
-    return [] if find_latest(directory) else named_checkpoints(directory)
 
 
 def set_aside_newer(directory: Path, iteration: int, report: Report = lambda line: None) -> None:
@@ -194,13 +221,19 @@ def reap_temporary(directory: Path, report: Report = lambda line: None) -> list[
 
 def open_manifest(path: Path) -> Manifest:
     """The manifest of the checkpoint `path`, its files being there with their sizes. Raises UserError."""
+    manifest = named_manifest(path)
+    check_sizes(path, manifest)
+    return manifest
+
+
+def named_manifest(path: Path) -> Manifest:
+    """The manifest of the checkpoint `path`, of the iteration that its name says. Raises UserError."""
     if not path.is_dir():
         raise UserError(f"{path}: there is no such checkpoint")
     manifest = read_manifest(path)
     match = _NAME.fullmatch(path.name)
     if match and int(match[1]) != manifest.iteration:
         raise UserError(f"{path / MANIFEST}: expected iteration {int(match[1])}, found {manifest.iteration}")
-    check_sizes(path, manifest)
     return manifest
 
 

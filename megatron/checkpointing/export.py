@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from megatron.checkpointing.checkpoint import load_checkpoint
-from megatron.checkpointing.commit import checkpoints_in, find_latest
+from megatron.checkpointing.checkpoint import find_whole
+from megatron.checkpointing.commit import checkpoints_in
 from megatron.checkpointing.tensors import read_tensors, storage_errors, write_safetensors
 from megatron.errors import UserError
 from megatron.files import fsync_directory
@@ -36,10 +36,10 @@ def export_weights(load: Path, output: Path, *, dtype: str | None, force: bool) 
     """
     if output.exists() and not force:
         raise UserError(f"--output {output} exists: give --force to replace it, or choose another name")
-    path = find_latest(checkpoints_in(load))
-    if path is None:
+    checkpoint = find_whole(checkpoints_in(load), fallback=False)
+    if checkpoint is None:
         raise UserError(f"--load {load}: no whole checkpoint found there; give a run, its checkpoints or one of them")
-    load_checkpoint(path)
+    path = checkpoint.path
     weights = {name.removeprefix(_PREFIX): tensor for name, tensor in read_tensors(path, _PREFIX).items()}
     for name, tensor in weights.items():
         if dtype is not None and tensor.is_floating_point():

@@ -136,7 +136,7 @@ def check_digests(directory: Path, files: Mapping[str, FileEntry]) -> None:
 
 
 def drop_cached(directory: Path, names: Iterable[str]) -> None:
-    """Let the system forget what it holds of files that are on the disk, where it can: they are read from there next."""
+    """Let the system forget, where it can, what it holds of files on the disk: they are read from there next."""
     if not hasattr(os, "posix_fadvise"):
         return
     for name in names:

@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron.checkpointing.checkpoint import CONFIG, STATE, to_text, write_checkpoint
+from megatron.checkpointing.checkpoint import CONFIG, STATE, read_back, to_text, write_checkpoint
+from megatron.checkpointing.commit import retain
 from megatron.checkpointing.tensors import Piece, own_pieces
 from megatron.distributed.world import World
 from megatron.errors import UserError
@@ -24,14 +25,28 @@ class Saver:
     the host's memory holds this rank's share of one checkpoint more. The thread meets those of other ranks over
     `world.background`, so that its collectives never mix with training's. `report` gets a line, on rank 0, for each
     checkpoint that stands on the disk; in the background it is called from the thread.
+
+    With `keep_last` a save also reads the new checkpoint back from the disk, each rank its share, and when it is what
+    was written rank 0 deletes old ones as `retain` says.
     """
 
-    def __init__(self, directory: Path, world: World, *, background: bool, report: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        world: World,
+        *,
+        background: bool,
+        report: Callable[[str], None],
+        keep_last: int | None = None,
+        keep_every: int | None = None,
+    ) -> None:
         if background and world.size > 1 and world.background is None:
             raise ValueError("saving in the background needs a group of its own")
         self._directory = directory
         self._world = world
         self._report = report
+        self._keep_last = keep_last
+        self._keep_every = keep_every
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="save") if background else None
         self._under_way: Future[None] | None = None
 
@@ -40,8 +55,8 @@ class Saver:
     ) -> None:
         """Save as `save_checkpoint` does. `tensors` may change when this returns.
 
-        Waits first for the save before. Raises what either has failed with: UserError, or TypeError or ValueError
-        for a `state` that JSON cannot hold.
+        Waits first for the save before. Raises what either has failed with: UserError, also for a checkpoint that does
+        not read back as it was written, or TypeError or ValueError for a `state` that JSON cannot hold.
         """
         self.wait()
         texts = {STATE: to_text(state), CONFIG: config_text}
@@ -51,6 +66,12 @@ class Saver:
         else:
             copies = [replace(piece, values=piece.values.to("cpu", copy=True)) for piece in pieces]
             self._under_way = self._thread.submit(self._write, iteration, copies, texts)
+
+    @property
+    def failed(self) -> bool:
+        """Whether the save in the background has failed already: `wait` would raise."""
+        save = self._under_way
+        return save is not None and save.done() and save.exception() is not None
 
     def wait(self) -> None:
         """Return when no save is under way. Raises UserError where the last one failed."""
@@ -85,10 +106,19 @@ class Saver:
         group = world.control if self._thread is None else world.background
         try:
             path = write_checkpoint(self._directory, iteration, pieces, texts, world, group)
+            if world.is_main:
+                self._report(f"saved {path}")
+            if (keep_last := self._keep_last) is not None:
+                read_back(path, world, group)
+                keep_every = self._keep_every
+                world.on_main(
+                    lambda: retain(
+                        self._directory, iteration, keep_last=keep_last, keep_every=keep_every, report=self._report
+                    ),
+                    group,
+                )
         except RuntimeError as error:  # gloo's, for a rank that is gone
             raise UserError(
                 f"cannot save step {iteration:,} to {self._directory}: another rank is gone ({error}); "
                 "what was saved before is whole, go on from it with --load"
             ) from error
-        if world.is_main:
-            self._report(f"saved {path}")

@@ -37,6 +37,8 @@ from megatron.files import explain, fsync_file
 FILE_BYTES = 1 << 30
 """A shard is closed when it has grown to this: it bounds the copies of GPU tensors that are held on the host."""
 SUFFIX = ".safetensors"
+SHARDING_NOTE = "DCP_SHARDING_INFO"
+"""Metadata of a shard, from which DCP's reader learns where a piece lies in its whole tensor."""
 _OS_ERROR = re.compile(r"os error (\d+)")
 
 
@@ -93,8 +95,7 @@ def write_pieces(directory: Path, pieces: list[Piece], rank: int) -> list[str]:
             write_safetensors(
                 directory / name,
                 {piece.name: piece.values for piece in part},
-                # From this DCP's reader learns where a piece lies in its whole tensor.
-                {"DCP_SHARDING_INFO": json.dumps({p.name: {"saved_offsets": list(p.offsets)} for p in part})},
+                {SHARDING_NOTE: json.dumps({p.name: {"saved_offsets": list(p.offsets)} for p in part})},
             )
     return names
 

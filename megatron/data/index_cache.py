@@ -13,17 +13,18 @@ import hashlib
 import json
 import logging
 import os
+import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
 
 import numpy as np
 
 from megatron.data.sample_index import Int64Array, SampleIndex, count_samples, order_version
 from megatron.errors import UserError
+from megatron.files import explain
 
 FORMAT_VERSION = 1
 CACHE_FROM = 2**20
@@ -33,6 +34,8 @@ LOCK_SECONDS = 600.0
 NOTICE_SECONDS = 5.0
 """After how long it says so."""
 POLL_SECONDS = 0.1
+_TEMPORARY = f".index-{socket.gethostname()}-"
+"""With the host's name: on some shared disks a lock holds on one machine only."""
 
 logger = logging.getLogger(__name__)
 
@@ -79,17 +82,17 @@ def load_or_build(
         return found
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with _locked(directory, timeout):
+        with _locked(directory, timeout) as alone:
             found = _load(path, *sizes)
             if found is not None:
                 return found
+            if alone:
+                _reap(directory)
             index = build()
             _save(path, index)
     except OSError as error:
-        raise UserError(
-            f"{path}: cannot write the sample index ({error.strerror or error}): "
-            "give a writable directory with enough space as --data-cache-path"
-        ) from error
+        fault = explain(error, "write the sample index", path)
+        raise UserError(f"{fault}; --data-cache-path names another directory") from error
     return _load(path, *sizes) or index
 
 
@@ -124,12 +127,12 @@ def _save(path: Path, index: SampleIndex) -> None:
     """Write `index` beside `path`, flush it to the disk, then rename it to `path`."""
     parts: list[Int64Array] = [index.documents, index.starts.reshape(-1), index.shuffle]
     header = {"descr": "<i8", "fortran_order": False, "shape": (sum(len(part) for part in parts),)}
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".index-", suffix=".tmp")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=_TEMPORARY, suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:
             np.lib.format.write_array_header_1_0(file, header)
             for part in parts:
-                part.tofile(file)
+                file.write(np.ascontiguousarray(part).data)  # tofile does not notice that the disk is full
             file.flush()
             os.fsync(file.fileno())
         Path(temporary).chmod(0o644)
@@ -144,15 +147,30 @@ def _save(path: Path, index: SampleIndex) -> None:
         os.close(directory)
 
 
+def _reap(directory: Path) -> None:
+    """Delete what killed processes of this machine have left in `directory`, of which this one holds the lock."""
+    for left in directory.glob(f"{_TEMPORARY}*.tmp"):
+        left.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
-def _locked(directory: Path, timeout: float) -> Iterator[None]:
+def _locked(directory: Path, timeout: float) -> Iterator[bool]:
     """Hold the directory's lock, which the system gives back when its holder dies; raises UserError after `timeout`.
 
-    Where the file system has no locks everyone builds: slower, and as right, since files come by renames.
+    Yields False where the file system has no locks: there everyone builds, slower, and as right, since files come by
+    renames.
     """
     with (directory / ".lock").open("a") as file:
-        start, said = time.monotonic(), False
-        while not _lock(file):
+        start, said, alone = time.monotonic(), False, True
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                pass
+            except OSError:
+                alone = False
+                break
             waited = time.monotonic() - start
             if waited > timeout:
                 raise UserError(
@@ -163,15 +181,4 @@ def _locked(directory: Path, timeout: float) -> Iterator[None]:
                 logger.warning("%s: waiting for another process that builds a sample index there", directory)
                 said = True
             time.sleep(POLL_SECONDS)
-        yield
-
-
-def _lock(file: TextIO) -> bool:
-    """Take the lock, if no other process holds it; True also where there are no locks."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass
-    return True
+        yield alone

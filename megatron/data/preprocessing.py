@@ -40,7 +40,15 @@ from megatron.data.documents import (
 from megatron.data.indexed_dataset import best_dtype
 from megatron.data.indexed_writer import IndexedDatasetWriter, PartLostError, PartWritten
 from megatron.data.progress_line import ProgressLine
-from megatron.data.resuming import ResumePoint, delete_leftovers, describe, read_point, where_done, write_point
+from megatron.data.resuming import (
+    ResumePoint,
+    delete_leftovers,
+    delete_point,
+    describe,
+    read_point,
+    where_done,
+    write_point,
+)
 from megatron.errors import UserError
 from megatron.tokenizer.base import Tokenizer
 from megatron.tokenizer.build import TokenizerFiles
@@ -138,7 +146,7 @@ def preprocess(config: PreprocessConfig) -> Summary:
     except PartLostError as error:
         logger.warning("%s: starting from the beginning", error)
         summary = _preprocess(config, tokenizer, files, prefixes, point_path, ResumePoint(run))
-    point_path.unlink(missing_ok=True)
+    delete_point(point_path)
     return summary
 
 
@@ -156,18 +164,21 @@ def _preprocess(
     position = ReadPosition(items=list(point.items))
     items = sum(point.items) + point.skip
     can_be_read_again = all(file.path.is_file() for file in files)  # a pipe cannot
+    parts: Sequence[PartWritten | None] = point.parts or [None] * len(prefixes)
+    writers = [
+        IndexedDatasetWriter(prefix, dtype, tokenizer, part=part) for prefix, part in zip(prefixes, parts, strict=True)
+    ]
     started = saved = time.monotonic()
+    kept = False
     try:
         with contextlib.ExitStack() as stack:
-            parts: Sequence[PartWritten | None] = point.parts or [None] * len(prefixes)
-            writers = [
-                stack.enter_context(IndexedDatasetWriter(prefix, dtype, tokenizer, part=part))
-                for prefix, part in zip(prefixes, parts, strict=True)
-            ]
-            if point.parts:
+            for writer in writers:
+                stack.enter_context(writer)
+            kept = bool(point.parts)
+            if kept:
                 logger.warning("%s: going on after the first %s documents", point_path, f"{point.documents:,}")
             else:
-                point_path.unlink(missing_ok=True)
+                delete_point(point_path)
             delete_leftovers(point_path)
             line = stack.enter_context(ProgressLine(config.log_interval, position))
             _count_bad(summary, point.skipped, config.skip_bad)
@@ -186,12 +197,12 @@ def _preprocess(
                     saved_parts = [writer.save() for writer in writers]
                     write_point(point_path, _point(point.run, position, items, summary, saved_parts))
                     for writer in writers:
-                        writer.keep = True
+                        writer.keep = kept = True
             if summary.documents == 0:
                 raise UserError(_nothing(files, summary.skipped))
             summary.tokens = sum(writer.num_tokens for writer in writers)
-    except BaseException as error:
-        if point_path.exists() and not isinstance(error, PartLostError):
+    except BaseException:
+        if kept:
             logger.warning("%s: the same command goes on from what is saved", point_path)
         raise
     summary.seconds = point.seconds + time.monotonic() - started

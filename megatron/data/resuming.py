@@ -102,8 +102,14 @@ def write_point(path: Path, point: ResumePoint) -> None:
     write_atomic(path, point.to_json())
 
 
+def delete_point(path: Path) -> None:
+    """Delete `path`, if it is there. UserError where that cannot be done."""
+    with file_errors("delete", path):
+        path.unlink(missing_ok=True)
+
+
 def delete_leftovers(path: Path) -> None:
-    """Delete what a process that was killed in `write_point` has left beside `path`."""
+    """Delete what a process that was killed in `write_point` has left beside `path`. UserError as `delete_point`."""
     with file_errors("delete", path):
         for left in path.parent.glob(f".{glob.escape(path.name)}.tmp-*"):
             left.unlink(missing_ok=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -77,7 +78,8 @@ def plan_table(config: Config, totals: dict[str, Any]) -> str:
 def plan_memory(config: Config, world_size: int, gpu_memory: float | None = None) -> dict[str, Any]:
     """Memory of each of `world_size` GPUs in bytes, as JSON values.
 
-    With `gpu_memory`, in GB, also whether it fits, and where not, what each change would make of the total.
+    With `gpu_memory`, in GB, also whether it fits, and where not, what each change would make of the total, and the
+    fewest changes that are enough.
 
     Raises:
         UserError: where the ranks cannot be laid out, or a number makes no sense.
@@ -101,7 +103,9 @@ def plan_memory(config: Config, world_size: int, gpu_memory: float | None = None
     if gpu_memory is not None:
         memory["gpu_memory"] = round(gpu_memory * GB)
         memory["fits"] = memory["total"] <= memory["gpu_memory"]
-        memory["changes"] = {} if memory["fits"] else _savings(config, layout, memory["total"])
+        memory["changes"], memory["enough"] = (
+            ({}, None) if memory["fits"] else _cure(config, layout, memory["gpu_memory"])
+        )
     return memory
 
 
@@ -109,36 +113,74 @@ def _vocab_size(config: Config) -> int:
     return config.tokenizer.vocab_size or GPT2_VOCAB_SIZE
 
 
-def _savings(config: Config, layout: Layout, total: int) -> dict[str, int]:
-    """Flags that would lower `total`, each by itself, and what the total would be."""
-    savings = {}
-    for flag, changed in _changes(config, layout):
-        try:
-            estimate = estimate_memory(changed, layout_of(changed, layout.world_size), _vocab_size(config))
-        except UserError:  # these ranks cannot be laid out so
+def _cure(config: Config, layout: Layout, limit: int) -> tuple[dict[str, int], str | None]:
+    """What each change by itself, of those that help, would make of the total; and the fewest changes that together
+    bring it down to `limit` bytes, None where none do."""
+    axes = _changes(config, layout)
+    before = _total(config, layout) or 0
+    single: dict[str, int] = {}
+    best: tuple[int, int, str] | None = None
+    for choice in itertools.product(*axes):
+        changes = [change for change in choice if change is not None]
+        flags = " ".join(flag for flag, _ in changes)
+        changed = config
+        for _, change in changes:
+            changed = change(changed)
+        total = _total(changed, layout)
+        if total is None:
             continue
-        if estimate.total + estimate.overhead < total:
-            savings[flag] = estimate.total + estimate.overhead
-    return savings
+        if len(changes) == 1 and total < before:
+            single[flags] = total
+        if total <= limit and (best is None or (len(changes), total) < best[:2]):
+            best = (len(changes), total, flags)
+    return single, best and best[2]
 
 
-def _changes(config: Config, layout: Layout) -> Iterator[tuple[str, Config]]:
+def _total(config: Config, layout: Layout) -> int | None:
+    """Bytes of a GPU, None where these ranks cannot be laid out so."""
+    try:
+        estimate = estimate_memory(config, layout_of(config, layout.world_size), _vocab_size(config))
+    except UserError:
+        return None
+    return estimate.total + estimate.overhead
+
+
+Change = tuple[str, Callable[[Config], Config]]
+"""A flag, and what it makes of a configuration."""
+
+
+def _changes(config: Config, layout: Layout) -> list[list[Change | None]]:
+    """What may be changed to need less memory: of each list one, or nothing."""
     training, parallel, seq_length = config.training, config.parallel, config.model.seq_length
-    half = largest_micro_batch(config, layout) // 2
-    if half >= seq_length and not training.fixed_micro_batch:
-        smaller = replace(training, micro_batch_size=None, micro_batch_tokens=half)
-        yield f"--micro-batch-tokens {half}", replace(config, training=smaller)
+
+    def train(flag: str, **values: Any) -> Change:
+        return flag, lambda c: replace(c, training=replace(c.training, **values))
+
+    def spread(flag: str, **values: Any) -> Change:
+        return flag, lambda c: replace(c, parallel=replace(c.parallel, **values))
+
+    axes: list[list[Change | None]] = [[None], [None], [None], [None], [None], [None]]
+    smaller = largest_micro_batch(config, layout) // 2
+    while smaller >= seq_length and not training.fixed_micro_batch:
+        axes[0].append(train(f"--micro-batch-tokens {smaller}", micro_batch_size=None, micro_batch_tokens=smaller))
+        smaller //= 2
     if not (training.bf16 or training.fp16):
-        yield "--bf16", replace(config, training=replace(training, bf16=True))
+        axes[1].append(train("--bf16", bf16=True))
     if training.recompute_granularity != "full":
-        full = replace(training, recompute_granularity="full")
-        yield "--recompute-granularity full", replace(config, training=full)
+        axes[2].append(train("--recompute-granularity full", recompute_granularity="full"))
     if layout.dp > 1 and parallel.zero_stage != 3:
-        yield "--zero-stage 3", replace(config, parallel=replace(parallel, zero_stage=3))
-    for tp in range(layout.tp + 1, config.model.num_attention_heads + 1):
-        if config.model.num_attention_heads % tp == 0:
-            split = replace(parallel, tensor_model_parallel_size=tp)
-            yield f"--tensor-model-parallel-size {tp}", replace(config, parallel=split)
+        axes[3].append(spread("--zero-stage 3", zero_stage=3))
+    if not parallel.optimizer_cpu_offload:
+        axes[4].append(spread("--optimizer-cpu-offload", optimizer_cpu_offload=True))
+    heads = config.model.num_attention_heads
+    for tp in (n for n in range(layout.tp, heads + 1) if heads % n == 0):
+        flag = f"--tensor-model-parallel-size {tp}"
+        if tp > layout.tp:
+            axes[5].append(spread(flag, tensor_model_parallel_size=tp))
+        if tp > 1 and not parallel.sequence_parallel:
+            flag = "--sequence-parallel" if tp == layout.tp else f"{flag} --sequence-parallel"
+            axes[5].append(spread(flag, tensor_model_parallel_size=tp, sequence_parallel=True))
+    return axes
 
 
 MEMORY_ROWS = {
@@ -167,4 +209,8 @@ def memory_table(memory: dict[str, Any]) -> str:
     verdict = "fits" if memory["fits"] else "does not fit"
     lines.append(f"{verdict} in {memory['gpu_memory'] / GB:g} GB")
     lines += [f"  {flag} would take {total / GB:.2f}" for flag, total in memory["changes"].items()]
+    if memory["enough"]:
+        lines.append(f"enough: {memory['enough']}")
+    elif not memory["fits"]:
+        lines.append("no combination of these is enough: take more GPUs, or a smaller model")
     return "\n".join(lines)

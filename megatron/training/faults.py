@@ -18,7 +18,7 @@ from megatron.distributed.world import World
 from megatron.files import write_atomic
 from megatron.metrics import MetricsLogger, json_safe
 from megatron.pacing.plan import StepPlan
-from megatron.training.home import find_checkpoint, load_state
+from megatron.training.home import find_checkpoint, take_over
 from megatron.training.state import TrainState
 from megatron.training.step import NonFiniteError
 
@@ -113,12 +113,12 @@ class FaultHandler:
             self._console.message(f"no rollback: --max-rollbacks {limit} have been made")
             return
         self._saver.wait()
-        path = find_checkpoint(self._config.checkpoint.rolling_back(), self._world, self._console)
-        if path is None:
+        checkpoint = find_checkpoint(self._config.checkpoint.rolling_back(), self._world, self._console)
+        if checkpoint is None:
             self._console.message("no rollback: there is no checkpoint yet")
             return
         skipped = sorted([*state.skipped_samples, spike["samples"]])
-        load_state(state, path, self._config, self._world)
+        take_over(state, checkpoint, self._config, self._world)
         state.skipped_samples, state.validation_due = skipped, False
         self._world.on_main(
             lambda: self._metrics.truncate_to(state.progress.iteration, consumed_tokens=state.progress.consumed_tokens)
@@ -129,7 +129,7 @@ class FaultHandler:
             "skipped_samples": skipped,  # an earlier rollback to the same checkpoint is no longer in the log
         }
         self._metrics.log_event(entry, event="rollback")
-        self._console.message(f"rolled back to {path}; the samples of the spike will be skipped")
+        self._console.message(f"rolled back to {checkpoint.path}; the samples of the spike will be skipped")
 
 
 def record_batch(

@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron.arguments import to_yaml
-from megatron.checkpointing.checkpoint import Checkpoint, check_space, load_checkpoint
+from megatron.checkpointing.checkpoint import Checkpoint, check_space, find_whole
 from megatron.checkpointing.commit import (
     CHECKPOINTS,
     checkpoints_in,
-    damaged_checkpoints,
-    find_latest,
     reap_temporary,
     set_aside_newer,
 )
@@ -59,36 +57,31 @@ def continues(config: CheckpointConfig) -> bool:
     return load == home or home / CHECKPOINTS in (load, load.parent)
 
 
-def find_checkpoint(config: CheckpointConfig, world: World, console: ProgressLine) -> Path | None:
+def find_checkpoint(config: CheckpointConfig, world: World, console: ProgressLine) -> Checkpoint | None:
     """The newest checkpoint below --load, or the one that it names; None where the run starts from scratch."""
     if config.load is None:
         return None
     directory = checkpoints_in(Path(config.load))
-
-    def find() -> str | None:
-        path = find_latest(directory, console.message) if directory.is_dir() else None
-        if path is not None:
-            return str(path)
+    found = find_whole(directory, fallback=config.load_fallback, world=world, report=console.message)
+    if found is None:
         if not continues(config):
-            raise UserError(f"--load {config.load}: no checkpoint found there; give the run's directory or drop --load")
-        if damaged := damaged_checkpoints(directory):
-            raise UserError(
-                f"--load {config.load}: none of its {len(damaged)} checkpoints is whole (newest: {damaged[0].name}); "
-                "repair one, or move the directory away to start from scratch"
+            raise world.fault(
+                f"--load {config.load}: no checkpoint found there; give the run's directory or drop --load"
             )
         console.message(f"--load {config.load}: no checkpoint yet, starting from scratch")
-        return None
-
-    found = world.on_main(find)
-    return None if found is None else Path(found)
+    return found
 
 
 def resume(
-    state: TrainState, path: Path, config: Config, settings: dict[str, Any], world: World, console: ProgressLine
+    state: TrainState,
+    checkpoint: Checkpoint,
+    config: Config,
+    settings: dict[str, Any],
+    world: World,
+    console: ProgressLine,
 ) -> None:
-    """Take over the checkpoint `path`, by whatever layout it was saved."""
-    options = config.checkpoint
-    checkpoint = load_checkpoint(path, world=world)
+    """Take over a checkpoint, by whatever layout it was saved."""
+    options, path = config.checkpoint, checkpoint.path
     guarded = {n: v for n, v in settings.items() if n in NEEDED_BY_WEIGHTS} if options.finetune else settings
     for line in world.everywhere(
         lambda: check_settings(checkpoint.state["settings"], guarded, options.override, str(path))
@@ -106,11 +99,6 @@ def resume(
             "dropout are not: not bit for bit"
         )
     take_over(state, checkpoint, config, world)
-
-
-def load_state(state: TrainState, path: Path, config: Config, world: World) -> None:
-    """Go back to a checkpoint of this very run."""
-    take_over(state, load_checkpoint(path, world=world), config, world)
 
 
 def take_over(state: TrainState, checkpoint: Checkpoint, config: Config, world: World) -> None:

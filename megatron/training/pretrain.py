@@ -118,6 +118,8 @@ def _pretrain(
                 world,
                 background=config.checkpoint.async_save,
                 report=console.message,
+                keep_last=config.checkpoint.keep_last,
+                keep_every=config.checkpoint.keep_every,
             ) as saver,
         ):
             world.on_main(
@@ -255,7 +257,8 @@ class Run:
         samples = self._loader.batch(first, batch, *ranks)
         self._loader.prefetch(first + batch, batch, *ranks)
         try:
-            result = self._train_step(self._batch(samples), plan, stop_asked=self._stop.reason is not None)
+            asked = self._stop.reason is not None or self._saver.failed  # which the save at the stop then raises
+            result = self._train_step(self._batch(samples), plan, stop_asked=asked)
             state.nonfinite_steps = 0
         except NonFiniteError as error:
             self._faults.nonfinite(plan, first, error)
