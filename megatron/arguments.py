@@ -122,6 +122,8 @@ def _float_argument(text: str) -> float:
 def _text_argument(text: str) -> str:
     if not text.strip():
         raise argparse.ArgumentTypeError("expected a text, found an empty one")
+    if text.startswith("--"):  # argparse takes an unknown flag with a blank in it for one more value of the flag before
+        raise argparse.ArgumentTypeError(f"expected a text, found {text!r}, which is no flag that there is")
     return text
 
 

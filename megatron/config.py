@@ -44,7 +44,8 @@ def parse_stages(text: str, *, seq_length: int, multiple: int) -> tuple[list[int
     for number, part in enumerate(parts):
         length, colon, last = part.strip().partition(":")
         final = number == len(parts) - 1
-        if not length.isdecimal() or (not final and not last.isdecimal()) or (final and colon):
+        number_like = len(part) <= 40 and length.isdecimal() and (final or last.isdecimal())
+        if not number_like or (final and colon):
             raise UserError(f"{what}: expected LENGTH:LAST_STEP,...,LENGTH such as 128:20000,1024, found {part!r}")
         lengths.append(int(length))
         if not final:

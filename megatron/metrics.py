@@ -190,10 +190,12 @@ def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             try:
                 line = data.decode().rstrip("\r\n")
                 entry = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{path}:{number}: not a JSON object ({error}); remove the line to go on") from error
-            if not isinstance(entry, dict) or not isinstance(entry.get("iteration"), int):
+            if not isinstance(entry, dict) or type(entry.get("iteration")) is not int:
                 raise UserError(f"{path}:{number}: expected an object with an integer iteration, found {line[:60]!r}")
+            if not isinstance(entry.get("event", ""), str):
+                raise UserError(f"{path}:{number}: expected the name of an event, found {line[:60]!r}")
             yield line, entry
 
 

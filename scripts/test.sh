@@ -6,6 +6,7 @@ cd "$root"
 
 ruff check .
 ruff format --check .
+bandit --quiet --recursive megatron tools scripts pretrain_gpt2.py setup.py
 lint-imports
 mypy
 exec pytest -n "${TEST_PROCESSES:-2}" "$@"

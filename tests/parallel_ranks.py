@@ -287,9 +287,7 @@ def cases(ranks: int, *, every: bool) -> list[Case]:
 PARTS = {
     "pairs": lambda ranks: [(compare, case) for case in cases(ranks, every=False)],
     "every": lambda ranks: [(compare, case) for case in cases(ranks, every=True)],
-    "compiled": lambda ranks: [
-        (compiled, Case(2, 3)), (compiled, Case(2, 2, True, "selective")), (compiled, Case(1, 3, False, "full")),
-    ],
+    "compiled": lambda ranks: [(compiled, Case(2, 3)), (compiled, Case(2, 2, True, "selective"))],
     "faults": lambda ranks: [
         (overflow, Case(2, 2)), (overflow, Case(1, 3)), (dropout, Case(2, 2)), (dropout, Case(2, 2, True)),
     ],

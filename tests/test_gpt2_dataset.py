@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -250,8 +251,21 @@ class TestCache:
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(index_cache.os, "fsync", full)
-        with pytest.raises(UserError, match=r"No space left on device.*--data-cache-path"):
+        with pytest.raises(UserError, match=r"disk full \(No space left on device\).*--data-cache-path"):
             read(dataset(corpus, cache_dir=str(tmp_path)), range(5))
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+    @pytest.mark.parametrize("room", [20, 200, 600])
+    def test_disk_that_fills_up_while_the_index_is_written(
+        self, room: int, corpus: CorpusInMemory, tmp_path: Path
+    ) -> None:
+        old = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, old[1]))
+        try:
+            with pytest.raises(UserError, match="disk full"):
+                read(dataset(corpus, cache_dir=str(tmp_path)), range(5))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, old)
         assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
     def test_killed_while_writing_leaves_no_file_under_the_final_name(
@@ -272,7 +286,11 @@ class TestCache:
         done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], env=environment, check=False)
         assert done.returncode == -9
         assert not list(tmp_path.glob("*.npy"))
+        assert len(list(tmp_path.glob(".index-*.tmp"))) == 1
+        other_host = tmp_path / ".index-elsewhere-12345678.tmp"
+        other_host.write_text("")
         assert read(dataset(corpus, cache_dir=str(tmp_path)), range(5)) == read(dataset(corpus), range(5))
+        assert list(tmp_path.glob(".index-*.tmp")) == [other_host]
 
 
 class TestSampleLoader:

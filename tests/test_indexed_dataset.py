@@ -109,6 +109,31 @@ def test_many_documents_at_once_give_the_same_files(tmp_path):
         assert (tmp_path / f"a{ending}").read_bytes() == (tmp_path / f"b{ending}").read_bytes()
 
 
+def test_going_on_after_a_part_gives_the_same_files(tmp_path):
+    sizes = [2, 0, 3, 1]
+    with IndexedDatasetWriter(tmp_path / "a", np.uint16) as writer:
+        writer.add_documents([1, 2, 300, 4, 5, 6], sizes)
+    part = None
+    for begin, end in ((0, 2), (2, 3), (3, 4)):
+        with pytest.raises(KeyboardInterrupt), IndexedDatasetWriter(tmp_path / "b", np.uint16, part=part) as writer:
+            writer.add_documents([1, 2, 300, 4, 5, 6][sum(sizes[:begin]) : sum(sizes[:end])], sizes[begin:end])
+            part = writer.save()
+            writer.keep = True
+            writer.add_documents([9, 9, 9], [3])  # not saved: it is lost
+            raise KeyboardInterrupt
+    with IndexedDatasetWriter(tmp_path / "b", np.uint16, part=part):
+        pass
+    for ending in (".bin", ".idx", ".json"):
+        assert (tmp_path / f"a{ending}").read_bytes() == (tmp_path / f"b{ending}").read_bytes()
+    with pytest.raises(ValueError, match="one sequence each"), IndexedDatasetWriter(tmp_path / "c", "u2") as writer:
+        writer.add_document([1, 2], [1, 1])
+        writer.add_document([], [])
+        writer.save()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f"{n}.{e}" for n in "ab" for e in ("bin", "idx", "json")
+    ]
+
+
 def test_nothing_written_is_a_dataset_of_nothing(tmp_path):
     dataset = IndexedDataset(write(tmp_path / "d", []))
     assert (dataset.num_tokens, dataset.document_count, dataset.max_token_id()) == (0, 0, -1)
@@ -331,10 +356,48 @@ class TestDamage:
         dataset = IndexedDataset(prefix)
         assert dataset.sidecar is None and dataset.max_token_id() == 8
 
-    def test_the_sidecar_of_other_data_is_not_believed(self, prefix):
+    @pytest.mark.parametrize("name", ["tokens", "max_token_id", "bin_crc32", "bin_sample_crc32", "idx_crc32", "eod"])
+    def test_a_changed_sidecar_is_not_believed(self, prefix, name):
         path = Path(f"{prefix}.json")
-        path.write_text(json.dumps({**json.loads(path.read_text()), "tokens": 9, "max_token_id": 3}))
-        assert IndexedDataset(prefix).max_token_id() == 8
+        path.write_text(json.dumps({**json.loads(path.read_text()), name: 3}))
+        dataset = IndexedDataset(prefix)
+        assert dataset.sidecar is None and dataset.max_token_id() == 8
+
+    def test_the_sidecar_of_other_data_is_not_believed(self, prefix, tmp_path):
+        other = write(tmp_path / "other", [[[1, 2, 3]], [[9], [5, 6]], [[7], [10]]])
+        Path(f"{other}.json").replace(f"{prefix}.json")
+        dataset = IndexedDataset(prefix)
+        assert dataset.sidecar is None and dataset.max_token_id() == 8
+
+    def test_a_sidecar_without_digests_is_believed_by_its_counts(self, prefix):
+        path = Path(f"{prefix}.json")
+        fields = json.loads(path.read_text())
+        for name in ("bin_sample_crc32", "idx_crc32", "crc32"):
+            del fields[name]
+        path.write_text(json.dumps({**fields, "max_token_id": 7}))
+        assert IndexedDataset(prefix).max_token_id() == 7
+        path.write_text(json.dumps({**fields, "tokens": 9}))
+        assert IndexedDataset(prefix).sidecar is None
+
+    @pytest.mark.parametrize("ending", [".bin", ".idx"])
+    def test_a_file_of_other_data_of_the_same_size_is_refused(self, prefix, tmp_path, ending):
+        """The same counts everywhere: neither sizes nor offsets tell."""
+        other = write(tmp_path / "other", [[[1, 2, 3], [9]], [[5, 6]], [[7, 10]]])
+        Path(f"{other}{ending}").replace(f"{prefix}{ending}")
+        with pytest.raises(UserError, match=rf"d\{ending}: expected the file that d\.json describes, found another"):
+            IndexedDataset(prefix)
+        Path(f"{prefix}.json").unlink()
+        assert IndexedDataset(prefix).num_tokens == 8
+
+    def test_other_tokens_anywhere_in_a_large_bin_are_seen(self, tmp_path):
+        """Blocks of 4096 bytes are looked at, spread over the file with its first and last bytes."""
+        prefix = write(tmp_path / "d", [[list(range(50_000))]])
+        content = Path(f"{prefix}.bin").read_bytes()
+        for begin in (0, 12_288, 50_000, 100_000 - 4_096):
+            changed = content[:begin] + bytes(8_192) + content[begin + 8_192 :]
+            Path(f"{prefix}.bin").write_bytes(changed[: len(content)])
+            with pytest.raises(UserError, match=r"d\.bin: expected the file"):
+                IndexedDataset(prefix)
 
 
 def test_fingerprint_follows_the_cut_into_documents(tmp_path):

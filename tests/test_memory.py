@@ -189,7 +189,7 @@ def test_the_peak_of_a_sharded_step(masks_of_a_gpu, eight_ranks, parallel):
     axes = ("replicate", "shard", "tp")
     mesh = init_device_mesh("cpu", (layout.replicate, layout.shard, layout.tp), mesh_dim_names=axes)
     model = GPT2Model(config.model, 4096)
-    shard(model, World(layout=layout, mesh=mesh), config.parallel)
+    shard(model, World(layout=layout, mesh=mesh), mesh, config.parallel)
     initialise(model, 1, place)
     tokens = torch.zeros(SEQUENCES, LENGTH, dtype=torch.int64)
     with Meter(p.to_local() for p in model.parameters()) as meter:

@@ -153,10 +153,10 @@ def test_a_resume_without_one_part_of_the_state_is_noticed(corpus, straight, tmp
     code = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
-from megatron.training import pretrain, state
+from megatron.training import home, state
 from megatron import errors
 import pretrain_gpt2
-whole, restore = state.TrainState.load_dict, pretrain.restore
+whole, restore = state.TrainState.load_dict, home.restore
 def without_field(self, saved):
     fresh = self.to_dict({{}}, layout="", rng=None)
     whole(self, saved | ({{{left_out!r}: fresh[{left_out!r}]}} if {left_out!r} in fresh else {{}}))
@@ -165,9 +165,9 @@ def without_moment(model, optimizer, path, **keywords):
     for entries in optimizer.state.values():
         if {left_out!r} in entries:
             entries[{left_out!r}].zero_()
-state.TrainState.load_dict, pretrain.restore = without_field, without_moment
+state.TrainState.load_dict, home.restore = without_field, without_moment
 if {left_out!r} == "rng":
-    pretrain.restore_rng = lambda generators: None
+    home.restore_rng = lambda generators: None
 errors.run(pretrain_gpt2.main)
 """
     home = tmp_path / "run"

@@ -137,7 +137,7 @@ def test_what_one_layout_saved_any_other_continues(corpus, alone, stopped, tmp_p
     subprocess.run(["cp", "-rL", str(home), str(copy)], check=True)
     result = torchrun(corpus, copy, ranks, "--load", str(copy), *flags)
     assert result.returncode == 0, result.stderr
-    assert "saved as dp 2 x tp 2, now dp" in result.stdout
+    assert "saved as dp 2 x tp 2, ZeRO 2, now dp" in result.stdout
     assert "not bit for bit" in result.stdout
     same_numbers(log_of(copy), log_of(alone))
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from megatron.config import ModelConfig, OptimizerConfig, ParallelConfig, TrainingConfig
 from megatron.data.batch import Batch
 from megatron.distributed.world import ALONE
+from megatron.errors import UserError
 from megatron.instability.loss_ratio import bucket_name, position_buckets
 from megatron.model.gpt2 import GPT2Model
 from megatron.model.initialisation import initialise
@@ -166,7 +167,7 @@ def test_dynamic_scaling_does_not_skip_what_no_scale_can_mend(forward, scale):
 
 def test_a_step_without_a_token_to_learn_from_is_refused():
     batch = Batch.from_samples(samples(12) * 0 + 7, eod=7, eod_mask_loss=True)
-    with pytest.raises(NonFiniteError, match="masked"):
+    with pytest.raises(UserError, match="masked"):
         stepper(model_of())(batch, StepPlan(LENGTH, 12, 1e-3))
 
 

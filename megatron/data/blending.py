@@ -38,14 +38,14 @@ def parse_data_path(data_path: Sequence[str]) -> list[tuple[float, str]]:
         try:
             weight = float(text)
         except ValueError:
-            raise UserError(f"--data-path: expected the weight of {prefix}, found {text!r}: {form}") from None
+            raise UserError(f"--data-path: expected the weight of {prefix!r}, found {text!r}: {form}") from None
         if not (math.isfinite(weight) and weight > 0):
-            raise UserError(f"--data-path: the weight of {prefix} must be positive and finite, found {text}")
+            raise UserError(f"--data-path: the weight of {prefix!r} must be positive and finite, found {text!r}")
         corpora.append((weight, prefix))
     prefixes = [prefix for _, prefix in corpora]
     for prefix in prefixes:
         if prefixes.count(prefix) > 1:
-            raise UserError(f"--data-path: {prefix} is given twice: give it once, with the sum of its weights")
+            raise UserError(f"--data-path: {prefix!r} is given twice: give it once, with the sum of its weights")
     if not math.isfinite(sum(weight for weight, _ in corpora)):
         raise UserError("--data-path: the weights are too large to be added")
     return corpora

@@ -206,7 +206,7 @@ def _columns(path: Path, entries: list[dict[str, Any]]) -> dict[str, FloatArray]
     names = {name: None for row in rows for name in row}
     try:
         return {name: np.array([_number(row.get(name)) for row in rows], dtype=np.float64) for name in names}
-    except ValueError as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise UserError(f"{path}: expected numbers, found {error}") from error
 
 
