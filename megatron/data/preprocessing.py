@@ -11,6 +11,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections import deque
@@ -319,7 +320,17 @@ def _encode_all(
         while waiting:
             yield _result(*waiting.popleft())
     finally:
+        _unblock(executor)
         executor.shutdown(wait=True, cancel_futures=True)
+
+
+def _unblock(executor: ProcessPoolExecutor) -> None:
+    """Before Python 3.11.5 an executor whose worker was killed may wait for ever, for its own thread to write what no
+    worker reads (python/cpython#94777): as the later ones do, close the end that nobody reads from."""
+    queue = getattr(executor, "_call_queue", None)
+    if sys.version_info < (3, 11, 5) and getattr(executor, "_broken", False) and queue is not None:
+        with contextlib.suppress(OSError):
+            queue._reader.close()
 
 
 def _in_flight_bytes(config: PreprocessConfig) -> int:
