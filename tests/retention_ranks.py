@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -52,12 +53,13 @@ def retention(directory: Path, worlds: dict[str, World]) -> dict[str, Any]:
         seen[name] = {"reports": reports, "left": left(name), "read back": shares}
 
     def spoil(path: Path, files: Any) -> None:
-        """Change a shard between its commit and the reading back."""
+        """Change a shard between its commit and the reading back: in place, since rank 0 may be looking at its size."""
         if world.rank == 1:
-            shard = path / next(file for file in files if file.startswith("shard-"))
-            data = bytearray(shard.read_bytes())
-            data[-1] ^= 1
-            shard.write_bytes(data)
+            with (path / next(file for file in files if file.startswith("shard-"))).open("r+b") as shard:
+                shard.seek(-1, os.SEEK_END)
+                (last,) = shard.read(1)
+                shard.seek(-1, os.SEEK_END)
+                shard.write(bytes([last ^ 1]))
 
     with replaced(checkpoints, "drop_cached", spoil):
         seen["spoilt"] = fault(lambda: save(saver("foreground", []), 6))
