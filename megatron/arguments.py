@@ -16,7 +16,6 @@ import re
 import types
 import typing
 from collections.abc import Sequence
-from fractions import Fraction
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -25,6 +24,7 @@ import yaml
 
 from megatron import old_flags
 from megatron.config import MODEL_SIZES, Config, Count
+from megatron.counts import parse_count
 from megatron.errors import CommandLineError, UserError
 
 SECTIONS: dict[str, type] = typing.get_type_hints(Config)
@@ -34,26 +34,7 @@ FIELDS: dict[str, Any] = {
     n: hint for section in SECTIONS.values() for n, hint in typing.get_type_hints(section).items()
 }
 """Setting -> its type."""
-SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
 PRESET_FLAGS = ("num_layers", "hidden_size", "num_attention_heads")
-
-
-def parse_count(text: str) -> int:
-    """An exact int from 157e9, 0.5M, 300K, 30B, 1_000 or 1,000.
-
-    Raises:
-        ValueError: when the text is no number or no whole one.
-    """
-    text = text.strip()
-    if re.fullmatch(r"[0-9]{1,3}(,[0-9]{3})+", text):
-        text = text.replace(",", "")
-    match = re.fullmatch(r"([+-]?[0-9.]+(?:[eE][+-]?[0-9]{1,3})?)([KMBGT]?)", text.replace("_", ""))
-    if match is None:
-        raise ValueError(text)
-    value = Fraction(match[1]) * SUFFIXES[match[2]]
-    if value.denominator != 1:
-        raise ValueError(text)
-    return int(value)
 
 
 class Parser(argparse.ArgumentParser):

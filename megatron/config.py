@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
+from megatron.counts import parse_pairs, require_rising
 from megatron.errors import UserError
 from megatron.progress import Duration, Unit
 
@@ -29,38 +30,6 @@ def require(condition: bool, message: str) -> None:
     """Raise UserError with `message` unless `condition` holds."""
     if not condition:
         raise UserError(message)
-
-
-def parse_stages(text: str, *, seq_length: int, multiple: int) -> tuple[list[int], list[int]]:
-    """Read `128:20000,1024` into lengths [128, 1024] and last steps [20000].
-
-    Raises:
-        UserError: unless lengths are multiples of `multiple`, last steps rise, and the last stage is `seq_length`.
-    """
-    what = f"--seqlen-stages {text}"
-    lengths: list[int] = []
-    last_steps: list[int] = []
-    parts = text.split(",")
-    for number, part in enumerate(parts):
-        length, colon, last = part.strip().partition(":")
-        final = number == len(parts) - 1
-        number_like = len(part) <= 40 and length.isdecimal() and (final or last.isdecimal())
-        if not number_like or (final and colon):
-            raise UserError(f"{what}: expected LENGTH:LAST_STEP,...,LENGTH such as 128:20000,1024, found {part!r}")
-        lengths.append(int(length))
-        if not final:
-            last_steps.append(int(last))
-    for value in lengths:
-        if not multiple <= value <= seq_length or value % multiple:
-            raise UserError(
-                f"{what}: length {value} must be a multiple of --seqlen-multiple {multiple} "
-                f"from {multiple} to --seq-length {seq_length}"
-            )
-    if lengths[-1] != seq_length:
-        raise UserError(f"{what}: the last stage must be the full --seq-length {seq_length}, found {lengths[-1]}")
-    if any(b <= a for a, b in zip([0, *last_steps], last_steps, strict=False)):
-        raise UserError(f"{what}: the last steps must rise, found {last_steps}")
-    return lengths, last_steps
 
 
 @dataclass(frozen=True)
@@ -123,10 +92,10 @@ class ModelConfig:
 class SeqlenWarmupConfig:
     """Sequence length warmup"""
 
-    seqlen_warmup: Literal["none", "linear", "root", "discrete"] = "none"
+    seqlen_warmup: Literal["none", "linear", "root", "discrete", "mixed", "adaptive"] = "none"
     """Pacing function: how the sequence length grows from --seqlen-start to --seq-length."""
     seqlen_start: int = 8
-    """Sequence length at the start (linear, root)."""
+    """Sequence length at the start (linear, root, adaptive)."""
     seqlen_warmup_iters: Count | None = None
     """T: optimizer steps until full length (linear, root)."""
     seqlen_warmup_tokens: Count | None = None
@@ -136,7 +105,18 @@ class SeqlenWarmupConfig:
     seqlen_root_degree: int = 2
     """Degree d of the root pacing: (t/T)^(1/d)."""
     seqlen_stages: str | None = None
-    """Lengths and the last step of each, for discrete pacing: 128:20000,1024 is two-stage (Shortformer)."""
+    """Lengths and the end of each, for discrete pacing: 128:20000,1024 is two-stage (Shortformer)."""
+    seqlen_cycle: str | None = None
+    """Lengths and the duration of each, again and again, for mixed pacing: 128:900,1024:100."""
+    seqlen_stages_unit: Literal["iters", "tokens"] = "iters"
+    """What --seqlen-stages and --seqlen-cycle count: steps, or the tokens trained on before the step."""
+    seqlen_adaptive_step: int | None = None
+    """Tokens by which adaptive pacing lengthens at a time (default: a sixteenth of the way to --seq-length)."""
+    seqlen_adaptive_tolerance: float = 0.01
+    """Adaptive pacing lengthens after a validation whose loss exceeds the least one by no more than this share."""
+    seqlen_realisation: Literal["truncate", "reshape", "window"] = "truncate"
+    """How a sample is made short: truncate drops its tail, as the paper did; reshape cuts it into sequences; window
+    keeps it whole and limits attention to blocks. The last two train on all tokens."""
 
     def duration(self) -> Duration:
         """T of linear and root pacing."""
@@ -144,35 +124,88 @@ class SeqlenWarmupConfig:
             return Duration(self.seqlen_warmup_tokens, "tokens")
         return Duration(self.seqlen_warmup_iters or 0, "iters")
 
+    def stages(self) -> tuple[list[int], list[int]]:
+        """Lengths of discrete pacing, and the end of each but the last."""
+        return parse_pairs("--seqlen-stages", self.seqlen_stages or "", open_end=True)
+
+    def cycle(self) -> tuple[list[int], list[int]]:
+        """Lengths of mixed pacing, and their durations."""
+        return parse_pairs("--seqlen-cycle", self.seqlen_cycle or "", open_end=False)
+
+    def adaptive_step(self, seq_length: int) -> int:
+        """Tokens by which adaptive pacing lengthens: rounded up to the multiple where it is the default."""
+        multiple = self.seqlen_multiple
+        return self.seqlen_adaptive_step or multiple * max(1, -(-(seq_length - self.seqlen_start) // (16 * multiple)))
+
     def check(self, seq_length: int) -> None:
         """Raise UserError unless this pacing leads from its start to `seq_length`."""
-        if self.seqlen_warmup == "none":
-            for name in ("seqlen_warmup_iters", "seqlen_warmup_tokens", "seqlen_stages"):
-                flag = "--" + name.replace("_", "-")
-                require(
-                    getattr(self, name) is None, f"{flag} has no effect without --seqlen-warmup; choose one or drop it"
-                )
+        pacing, multiple = self.seqlen_warmup, self.seqlen_multiple
+        self._check_owners()
+        if pacing == "none":
             return
-        multiple = self.seqlen_multiple
         require(multiple >= 1, f"--seqlen-multiple {multiple} must be at least 1")
         require(
             seq_length % multiple == 0,
             f"--seq-length {seq_length} must be a multiple of --seqlen-multiple {multiple}, else it is never reached",
         )
-        if self.seqlen_warmup == "discrete":
-            durations = [v for v in (self.seqlen_warmup_iters, self.seqlen_warmup_tokens) if v is not None]
-            require(not durations, "--seqlen-warmup discrete takes its durations from --seqlen-stages alone")
-            if self.seqlen_stages is None:
-                raise UserError("--seqlen-warmup discrete needs --seqlen-stages, such as 128:20000,1024")
-            parse_stages(self.seqlen_stages, seq_length=seq_length, multiple=multiple)
-            return
+        if pacing == "discrete":
+            require(self.seqlen_stages is not None, "--seqlen-warmup discrete needs --seqlen-stages: 128:20000,1024")
+            lengths, ends = self.stages()
+            self._check_lengths("--seqlen-stages", self.seqlen_stages, lengths, seq_length)
+            require_rising("--seqlen-stages", self.seqlen_stages or "", ends)
+            require(
+                lengths[-1] == seq_length,
+                f"--seqlen-stages {self.seqlen_stages}: the last stage must be the full --seq-length {seq_length}, "
+                f"found {lengths[-1]}",
+            )
+        elif pacing == "mixed":
+            require(self.seqlen_cycle is not None, "--seqlen-warmup mixed needs --seqlen-cycle: 128:900,1024:100")
+            self._check_lengths("--seqlen-cycle", self.seqlen_cycle, self.cycle()[0], seq_length)
+        else:
+            self._check_growth(seq_length)
+
+    def _check_owners(self) -> None:
+        """Raise UserError where a setting is given that belongs to another pacing."""
+        owners = {
+            "seqlen_warmup_iters": ("linear", "root"),
+            "seqlen_warmup_tokens": ("linear", "root"),
+            "seqlen_stages": ("discrete",),
+            "seqlen_cycle": ("mixed",),
+            "seqlen_adaptive_step": ("adaptive",),
+        }
+        for name, pacings in owners.items():
+            flag, pacing = "--" + name.replace("_", "-"), self.seqlen_warmup
+            if getattr(self, name) is None or pacing in pacings:
+                continue
+            require(pacing != "none", f"{flag} has no effect without --seqlen-warmup; choose one or drop it")
+            raise UserError(f"{flag} goes with --seqlen-warmup {' or '.join(pacings)}, not {pacing}")
         require(
-            self.seqlen_stages is None, f"--seqlen-stages goes with --seqlen-warmup discrete, not {self.seqlen_warmup}"
+            self.seqlen_warmup != "none" or self.seqlen_realisation == "truncate",
+            f"--seqlen-realisation {self.seqlen_realisation} has no effect without --seqlen-warmup; drop it",
         )
-        start = self.seqlen_start
+
+    def _check_lengths(self, flag: str, text: str | None, lengths: list[int], seq_length: int) -> None:
+        for value in lengths:
+            require(
+                self.seqlen_multiple <= value <= seq_length and value % self.seqlen_multiple == 0,
+                f"{flag} {text}: length {value} must be a multiple of --seqlen-multiple {self.seqlen_multiple} "
+                f"from {self.seqlen_multiple} to --seq-length {seq_length}",
+            )
+
+    def _check_growth(self, seq_length: int) -> None:
+        """Of linear, root and adaptive pacing."""
+        start, multiple = self.seqlen_start, self.seqlen_multiple
         require(start >= multiple, f"--seqlen-start {start} must be at least --seqlen-multiple {multiple}")
         require(start % multiple == 0, f"--seqlen-start {start} must be a multiple of --seqlen-multiple {multiple}")
         require(start <= seq_length, f"--seqlen-start {start} must not exceed --seq-length {seq_length}")
+        if self.seqlen_warmup == "adaptive":
+            step, tolerance = self.adaptive_step(seq_length), self.seqlen_adaptive_tolerance
+            require(
+                step >= 1 and step % multiple == 0,
+                f"--seqlen-adaptive-step {step} must be a multiple of --seqlen-multiple {multiple}",
+            )
+            require(tolerance >= 0, f"--seqlen-adaptive-tolerance {tolerance} must not be negative")
+            return
         given = [v for v in (self.seqlen_warmup_iters, self.seqlen_warmup_tokens) if v is not None]
         require(
             len(given) == 1,
@@ -181,6 +214,97 @@ class SeqlenWarmupConfig:
         )
         require(given[0] >= 1, f"the duration of the sequence length warmup must be at least 1, found {given[0]}")
         require(1 <= self.seqlen_root_degree <= 16, f"--seqlen-root-degree {self.seqlen_root_degree} must be 1 to 16")
+
+
+@dataclass(frozen=True)
+class BatchSizeWarmupConfig:
+    """Batch size warmup"""
+
+    batch_size_warmup: Literal["none", "linear", "stages"] = "none"
+    """How the sequences a step grow to --global-batch-size."""
+    batch_size_start: int | None = None
+    """Sequences of the first step (linear)."""
+    batch_size_increment: int = 1
+    """Sequences by which the batch grows at a time (linear); with several data parallel ranks a multiple of them."""
+    batch_size_warmup_iters: Count | None = None
+    """Optimizer steps until the full batch (linear)."""
+    batch_size_warmup_tokens: Count | None = None
+    """Tokens until the full batch, as GPT-3 (linear)."""
+    batch_size_warmup_samples: Count | None = None
+    """Samples until the full batch, as Megatron-LM's --rampup-batch-size (linear)."""
+    batch_size_stages: str | None = None
+    """Batch sizes, and the tokens until which each is used: 128:1B,256:4B,512 (stages)."""
+
+    def duration(self) -> Duration:
+        """Length of the linear warmup."""
+        return next(Duration(value, unit) for value, unit in self._durations() if value is not None)
+
+    def stages(self) -> tuple[list[int], list[int]]:
+        """Batch sizes, and the tokens at which each but the last ends."""
+        return parse_pairs("--batch-size-stages", self.batch_size_stages or "", open_end=True)
+
+    def divisors(self) -> list[tuple[str, int]]:
+        """The settings, each with its value, of which the data parallel ranks must divide every one."""
+        if self.batch_size_warmup == "linear":
+            return [
+                ("--batch-size-start", self.batch_size_start or 0),
+                ("--batch-size-increment", self.batch_size_increment),
+            ]
+        if self.batch_size_warmup == "stages":
+            return [(f"--batch-size-stages {self.batch_size_stages}: batch size", size) for size in self.stages()[0]]
+        return []
+
+    def check(self, global_batch_size: int) -> None:
+        """Raise UserError unless this warmup leads to `global_batch_size`."""
+        warmup, start, increment = self.batch_size_warmup, self.batch_size_start, self.batch_size_increment
+        given = {"batch_size_start": start, "batch_size_stages": self.batch_size_stages} | {
+            f"batch_size_warmup_{unit}": value for value, unit in self._durations()
+        }
+        for name, value in given.items():
+            flag, owner = "--" + name.replace("_", "-"), "stages" if name == "batch_size_stages" else "linear"
+            require(value is None or warmup == owner, f"{flag} has no effect without --batch-size-warmup {owner}")
+        if warmup == "stages":
+            require(self.batch_size_stages is not None, "--batch-size-warmup stages needs --batch-size-stages")
+            sizes, ends = self.stages()
+            require_rising("--batch-size-stages", self.batch_size_stages or "", ends)
+            require(
+                sizes[-1] == global_batch_size,
+                f"--batch-size-stages {self.batch_size_stages}: the last stage must be --global-batch-size "
+                f"{global_batch_size}, found {sizes[-1]}",
+            )
+            require(
+                max(sizes) == global_batch_size,
+                f"--batch-size-stages {self.batch_size_stages}: no stage may exceed --global-batch-size "
+                f"{global_batch_size}",
+            )
+        if warmup != "linear":
+            return
+        if start is None:
+            raise UserError("--batch-size-warmup linear needs --batch-size-start, the sequences of the first step")
+        require(
+            1 <= start <= global_batch_size,
+            f"--batch-size-start {start} must be from 1 to --global-batch-size {global_batch_size}",
+        )
+        require(increment >= 1, f"--batch-size-increment {increment} must be at least 1")
+        require(
+            (global_batch_size - start) % increment == 0,
+            f"--batch-size-increment {increment} must lead from --batch-size-start {start} to --global-batch-size "
+            f"{global_batch_size}: their difference {global_batch_size - start} is no multiple of it",
+        )
+        durations = [value for value, _ in self._durations() if value is not None]
+        require(
+            len(durations) == 1,
+            "--batch-size-warmup linear needs one of --batch-size-warmup-iters, -tokens and -samples, "
+            f"found {len(durations) or 'none'}",
+        )
+        require(durations[0] >= 1, f"the duration of the batch size warmup must be at least 1, found {durations[0]}")
+
+    def _durations(self) -> list[tuple[int | None, Unit]]:
+        return [
+            (self.batch_size_warmup_iters, "iters"),
+            (self.batch_size_warmup_tokens, "tokens"),
+            (self.batch_size_warmup_samples, "samples"),
+        ]
 
 
 @dataclass(frozen=True)
@@ -607,6 +731,7 @@ class Config:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     seqlen_warmup: SeqlenWarmupConfig = field(default_factory=SeqlenWarmupConfig)
+    batch_size_warmup: BatchSizeWarmupConfig = field(default_factory=BatchSizeWarmupConfig)
     training: TrainingConfig = field(default_factory=lambda: TrainingConfig(train_tokens=1))
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     faults: FaultConfig = field(default_factory=FaultConfig)
@@ -620,6 +745,11 @@ class Config:
 
     def __post_init__(self) -> None:
         self.seqlen_warmup.check(self.model.seq_length)
+        self.batch_size_warmup.check(self.training.global_batch_size)
+        require(
+            self.seqlen_warmup.seqlen_warmup != "adaptive" or self.evaluation.interval() is not None,
+            "--seqlen-warmup adaptive lengthens after validations: give --eval-interval",
+        )
         require(
             self.faults.on_spike == "log" or self.checkpoint.save is not None,
             "--on-spike rollback goes back to checkpoints: give --save DIR",

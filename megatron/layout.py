@@ -55,6 +55,8 @@ def layout_of(config: Config, world_size: int) -> Layout:
         "start fewer ranks, or raise --tensor-model-parallel-size",
     )
     require(batch % dp == 0, f"--global-batch-size {batch} must be a multiple of the {dp} data parallel ranks")
+    for flag, value in config.batch_size_warmup.divisors():
+        require(value % dp == 0, f"{flag} {value} must be a multiple of the {dp} data parallel ranks")
     size = config.training.micro_batch_size
     require(
         size is None or batch // dp % size == 0,

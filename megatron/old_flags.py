@@ -71,7 +71,8 @@ ADVICE: dict[str, str] = {
     "--block-data-path": "ICT, REALM and BERT are not trained here",
     "--bert-load": "ICT, REALM and BERT are not trained here",
     "--faiss-use-gpu": "ICT, REALM and BERT are not trained here",
-    "--rampup-batch-size": "batch-size warmup is not offered yet; --seqlen-warmup lengthens sequences instead",
+    "--rampup-batch-size": "START INCREMENT SAMPLES is --batch-size-warmup linear --batch-size-start START "
+    "--batch-size-increment INCREMENT --batch-size-warmup-samples SAMPLES",
     "--ffn-hidden-size": "the MLP is four times as wide as --hidden-size",
     "--use-flash-attn": "attention is always fused",
     "--learning-rate": "give --lr",

@@ -33,9 +33,11 @@ class Progress:
     consumed_samples: int = 0
     """Samples (full-length windows of the corpus) drawn. A truncated sample counts as one."""
     consumed_tokens: int = 0
-    """Tokens trained on: sequences times the length they had. Dropped tail tokens never count."""
+    """Tokens trained on: a truncated sample counts with the length it had; dropped tail tokens never count."""
     lr_anchor_tokens: int | None = None
     """Tokens at the end of the learning rate warmup, where a decay over tokens starts. None while it warms up."""
+    seqlen_level: int = 0
+    """How often adaptive pacing has lengthened the sequences."""
 
     def counted(self, unit: Unit) -> int:
         """The counter that `unit` names."""
@@ -43,18 +45,25 @@ class Progress:
             return self.iteration
         return self.consumed_samples if unit == "samples" else self.consumed_tokens
 
-    def advance(self, *, sequences: int, seqlen: int, lr_warmup: Duration) -> None:
-        """Count one optimizer step over `sequences` sequences of `seqlen` tokens each.
+    def advance(self, *, samples: int, tokens: int, lr_warmup: Duration) -> None:
+        """Count one optimizer step that drew `samples` samples and trained on `tokens` tokens.
 
         The step that ends `lr_warmup` sets `lr_anchor_tokens`: to the warmup's own length where it is counted
         in tokens, else to the tokens trained on so far.
         """
         self.iteration += 1
-        self.consumed_samples += sequences
-        self.consumed_tokens += sequences * seqlen
+        self.consumed_samples += samples
+        self.consumed_tokens += tokens
         if self.lr_anchor_tokens is None and lr_warmup.reached(self):
             self.lr_anchor_tokens = lr_warmup.value if lr_warmup.unit == "tokens" else self.consumed_tokens
 
     def to_dict(self) -> dict[str, int | None]:
         """Plain values for a checkpoint; `Progress(**d)` is the inverse."""
         return asdict(self)
+
+
+def crossed(interval: Duration | None, before: Progress, after: Progress) -> bool:
+    """Whether a multiple of `interval` lies in the step from `before` to `after`; never where that led back."""
+    if interval is None or after.iteration <= before.iteration:
+        return False
+    return interval.position(before) // interval.value != interval.position(after) // interval.value

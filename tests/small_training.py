@@ -70,7 +70,7 @@ class Training:
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
-            self.progress.advance(sequences=4, seqlen=seqlen, lr_warmup=Duration(2, "iters"))
+            self.progress.advance(samples=4, tokens=4 * seqlen, lr_warmup=Duration(2, "iters"))
             losses.append(float(loss.item()).hex())
         return losses
 

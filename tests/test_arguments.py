@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from megatron.arguments import SECTIONS, build_parser, field_docs, parse_config, parse_count, to_yaml
+from megatron.arguments import SECTIONS, build_parser, field_docs, parse_config, to_yaml
+from megatron.counts import parse_count
 from megatron.errors import UserError
 
 

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from made_up import EXAMPLES, damaged, law, outcome
 from slow_readers import exact_count
 
-from megatron.arguments import FIELDS, build_parser, flat, parse_config, parse_count
-from megatron.config import parse_stages
+from megatron.arguments import FIELDS, build_parser, flat, parse_config
+from megatron.config import SeqlenWarmupConfig
+from megatron.counts import parse_count
 from megatron.data.blending import parse_data_path
 from megatron.data.splits import parse_split, split_documents
 from megatron.errors import UserError
@@ -180,7 +181,8 @@ def test_seqlen_stages(examples: int) -> None:
 
     @law(examples, text=texts | noise)
     def _(text: str) -> None:
-        found = outcome(lambda: parse_stages(text, seq_length=128, multiple=8))
+        warmup = SeqlenWarmupConfig(seqlen_warmup="discrete", seqlen_stages=text)
+        found = outcome(lambda: warmup.check(128)) or outcome(warmup.stages)
         if isinstance(found, UserError):
             assert "--seqlen-stages" in str(found)
             valid = [tuple(map(int, part.split(":"))) for part in text.split(",")] if text.endswith(",128") else []
@@ -196,8 +198,8 @@ def test_seqlen_stages(examples: int) -> None:
 
 
 def _plain_digits(text: str) -> str:
-    """`text` without blanks around the parts, its numbers without leading zeros."""
-    return ",".join(":".join(str(int(number)) for number in part.strip().split(":")) for part in text.split(","))
+    """`text` without blanks around the numbers, each written out in plain digits."""
+    return ",".join(":".join(str(parse_count(number)) for number in part.split(":")) for part in text.split(","))
 
 
 @pytest.mark.parametrize("key", ["save", "data-path", "lr", "config"])

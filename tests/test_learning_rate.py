@@ -93,12 +93,12 @@ def test_the_anchor_is_set_once_by_advance():
     warmup = Duration(2, "iters")
     seen = []
     for _ in range(4):
-        progress.advance(sequences=2, seqlen=8, lr_warmup=warmup)
+        progress.advance(samples=2, tokens=16, lr_warmup=warmup)
         seen.append(progress.lr_anchor_tokens)
     assert seen == [None, 32, 32, 32]
     assert (progress.iteration, progress.consumed_samples, progress.consumed_tokens) == (4, 8, 64)
     tokens = Progress()
-    tokens.advance(sequences=2, seqlen=8, lr_warmup=Duration(10, "tokens"))
+    tokens.advance(samples=2, tokens=16, lr_warmup=Duration(10, "tokens"))
     assert tokens.lr_anchor_tokens == 10
 
 

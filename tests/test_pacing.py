@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron.config import SeqlenWarmupConfig, parse_stages
+from megatron.config import SeqlenWarmupConfig
 from megatron.errors import UserError
 from megatron.pacing.seqlen_warmup import SeqlenSchedule, linear_seqlen, root_seqlen
 from megatron.progress import Progress
@@ -104,7 +104,10 @@ def test_no_warmup_is_full_length():
         ({"seqlen_warmup": "none"}, "--seqlen-warmup-iters has no effect"),
         ({"seqlen_stages": "8:1,1024"}, "--seqlen-stages goes with"),
         ({"seqlen_warmup": "discrete", "seqlen_warmup_iters": None}, "needs --seqlen-stages"),
-        ({"seqlen_warmup": "discrete", "seqlen_stages": "8:1,1024"}, "from --seqlen-stages alone"),
+        (
+            {"seqlen_warmup": "discrete", "seqlen_stages": "8:1,1024"},
+            "--seqlen-warmup-iters goes with --seqlen-warmup linear or root, not discrete",
+        ),
         ({"seqlen_warmup": "discrete", "seqlen_warmup_iters": None, "seqlen_stages": "8:x,1024"}, "8:x"),
     ],
 )
@@ -119,4 +122,4 @@ def test_bad_settings_name_the_flag(settings, message):
 )
 def test_bad_stages_name_the_flag(text):
     with pytest.raises(UserError, match="--seqlen-stages"):
-        parse_stages(text, seq_length=1024, multiple=8)
+        SeqlenWarmupConfig(seqlen_warmup="discrete", seqlen_stages=text).check(1024)

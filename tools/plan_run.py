@@ -9,7 +9,8 @@ from pathlib import Path
 # Run from a source tree, installed or not.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron.arguments import build_parser, parse_config, parse_count
+from megatron.arguments import build_parser, parse_config
+from megatron.counts import parse_count
 from megatron.errors import EXIT_FAILURE, EXIT_FINISHED, run
 from megatron.model.plan import memory_table, plan_memory, plan_table, plan_totals
 

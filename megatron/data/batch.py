@@ -1,9 +1,9 @@
-"""The tensors of a batch. Here, and nowhere else, a sequence is made shorter."""
+"""The tensors of a batch. Here, and nowhere else, sequences are made shorter."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -83,6 +83,34 @@ class Batch:
         if seqlen == self.seqlen:
             return self
         return self._map(lambda tensor: tensor[:, :seqlen].contiguous())
+
+    def cut(self, seqlen: int, *, keep_positions: bool) -> list[Batch]:
+        """All tokens of every sequence, as sequences of `seqlen` tokens and, where a rest is left, one of those rests.
+
+        Each piece is a sequence of its own: attention cannot leave it. Its positions start at 0, or with
+        `keep_positions` stay those of the whole sequence: then this is full-length training under the block-wise
+        causal mask of SkyLadder (arXiv 2503.15450), in which token i attends to floor(i / seqlen) * seqlen .. i.
+        Raises ValueError where `seqlen` is not in 1 .. self.seqlen.
+        """
+        if not 1 <= seqlen <= self.seqlen:
+            raise ValueError(f"cannot cut sequences of {self.seqlen} tokens to {seqlen}")
+        if seqlen == self.seqlen:
+            return [self]
+        whole = self
+        if keep_positions and self.position_ids is None:
+            positions = torch.arange(self.seqlen).expand(self.sequences, -1)
+            whole = replace(self, position_ids=positions)
+        end = self.seqlen - self.seqlen % seqlen
+        pieces = [whole._map(lambda tensor: tensor[:, :end].reshape(-1, seqlen))]
+        if end < self.seqlen:
+            pieces.append(whole._map(lambda tensor: tensor[:, end:].contiguous()))
+        return pieces if keep_positions else [piece._restart_positions() for piece in pieces]
+
+    def _restart_positions(self) -> Batch:
+        """Count the positions of documents that began before the sequence from its start."""
+        if self.position_ids is None:
+            return self
+        return replace(self, position_ids=torch.minimum(self.position_ids, torch.arange(self.seqlen)))
 
     def split(self, sequences: int) -> Iterator[Batch]:
         """Micro-batches of at most `sequences` sequences, in order, as views."""

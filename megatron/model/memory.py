@@ -114,8 +114,10 @@ def largest_micro_batch(config: Config, layout: Layout) -> int:
 
 
 def _sequences(config: Config, layout: Layout, seqlen: int) -> int:
-    own = config.training.global_batch_size // layout.dp
-    return min(config.training.micro_batch_sequences(seqlen, config.model.seq_length), own)
+    own, full = config.training.global_batch_size // layout.dp, config.model.seq_length
+    if config.seqlen_warmup.seqlen_realisation != "truncate":
+        own *= full // seqlen
+    return min(config.training.micro_batch_sequences(seqlen, full), own)
 
 
 def _micro_batches(config: Config, layout: Layout) -> int:

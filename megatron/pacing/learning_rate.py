@@ -21,12 +21,12 @@ class LearningRateSchedule:
         self.warmup = warmup
         self.decay = decay
 
-    def lr(self, progress: Progress, *, sequences: int, seqlen: int) -> float:
-        """Learning rate of the next step, which trains on `sequences` sequences of `seqlen` tokens."""
+    def lr(self, progress: Progress, *, samples: int, tokens: int) -> float:
+        """Learning rate of the next step, which draws `samples` samples and trains on `tokens` tokens."""
         peak = self.config.lr
         warmup = self.warmup
         if warmup.value > 0 and not warmup.reached(progress):
-            step = {"iters": 1, "samples": sequences, "tokens": sequences * seqlen}[warmup.unit]
+            step = {"iters": 1, "samples": samples, "tokens": tokens}[warmup.unit]
             after = warmup.position(progress) + step
             if after <= warmup.value:
                 return peak * after / warmup.value

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from megatron.config import Config
+from megatron.pacing.batch_size_warmup import BatchSizeSchedule
 from megatron.pacing.learning_rate import LearningRateSchedule
 from megatron.pacing.seqlen_warmup import SeqlenSchedule
-from megatron.progress import Progress
+from megatron.progress import Progress, crossed
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,15 @@ class StepPlan:
 
     seqlen: int
     global_batch_size: int
+    """Samples drawn."""
     lr: float
+    sample_tokens: int | None = None
+    """Tokens of each sample that are trained on; None: `seqlen`, the others are truncated."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on."""
+        return self.global_batch_size * (self.sample_tokens or self.seqlen)
 
 
 class Schedules:
@@ -25,7 +34,7 @@ class Schedules:
 
     def __init__(self, config: Config) -> None:
         self.ends = config.training.ends()
-        self.global_batch_size = config.training.global_batch_size
+        self.batch_size_schedule = BatchSizeSchedule(config.batch_size_warmup, config.training.global_batch_size)
         self.lr_warmup = config.learning_rate.warmup(config.training)
         self.seqlen_schedule = SeqlenSchedule(config.seqlen_warmup, config.model.seq_length)
         self.lr_schedule = LearningRateSchedule(
@@ -38,13 +47,21 @@ class Schedules:
 
     def plan(self, progress: Progress) -> StepPlan:
         """Sequence length, batch size and learning rate of the next step."""
-        sequences = self.global_batch_size
+        samples = self.batch_size_schedule.batch_size(progress)
         seqlen = self.seqlen_schedule.seqlen(progress)
-        return StepPlan(seqlen, sequences, self.lr_schedule.lr(progress, sequences=sequences, seqlen=seqlen))
+        sample_tokens = self.seqlen_schedule.sample_tokens(seqlen)
+        lr = self.lr_schedule.lr(progress, samples=samples, tokens=samples * sample_tokens)
+        return StepPlan(seqlen, samples, lr, sample_tokens)
 
     def advance(self, progress: Progress, step: StepPlan) -> None:
         """Count `step` as done."""
-        progress.advance(sequences=step.global_batch_size, seqlen=step.seqlen, lr_warmup=self.lr_warmup)
+        progress.advance(samples=step.global_batch_size, tokens=step.tokens, lr_warmup=self.lr_warmup)
+
+    def after(self, progress: Progress, step: StepPlan) -> Progress:
+        """The progress when `step` is done; `progress` stays as it is."""
+        later = replace(progress)
+        self.advance(later, step)
+        return later
 
 
 @dataclass(frozen=True)
@@ -57,7 +74,7 @@ class PlannedRun:
     lr_warmup_iterations: int
     """Steps until the end of the learning rate warmup (all steps if it does not end)."""
     token_seqlen_sum: int
-    """Sum over steps of tokens * seqlen: what attention costs, see model/flops.py."""
+    """Sum over tokens of the length of their sequence: what attention costs, see model/flops.py."""
     full_length_tokens: int
     """Tokens the same samples would have held at full length; the difference was truncated."""
 
@@ -70,14 +87,18 @@ class PlannedRun:
 def walk(config: Config, at: int | None = None) -> Iterator[tuple[Progress, StepPlan]]:
     """Every step of a run in turn: the progress before it (one record that changes) and what it uses.
 
-    Ends where the run does, or after `at` steps; the record then holds the final progress.
+    Ends where the run does, or after `at` steps; the record then holds the final progress. Adaptive pacing is taken to
+    lengthen after every validation, the fastest that it can.
     """
     schedules = Schedules(config)
     progress = Progress()
+    adaptive = config.evaluation.interval() if config.seqlen_warmup.seqlen_warmup == "adaptive" else None
     while not schedules.finished(progress) and (at is None or progress.iteration < at):
         step = schedules.plan(progress)
         yield progress, step
+        before = replace(progress) if adaptive else progress
         schedules.advance(progress, step)
+        progress.seqlen_level += crossed(adaptive, before, progress)
 
 
 def plan_run(config: Config, at: int | None = None) -> PlannedRun:
@@ -90,7 +111,8 @@ def plan_run(config: Config, at: int | None = None) -> PlannedRun:
     token_seqlen_sum = 0
     for progress, step in walk(config, at):  # one record: after the loop it is the final progress
         lr_warmup_iterations += not lr_warmup.reached(progress)
-        token_seqlen_sum += step.global_batch_size * step.seqlen**2
+        whole, rest = divmod(step.tokens // step.global_batch_size, step.seqlen)
+        token_seqlen_sum += step.global_batch_size * (whole * step.seqlen**2 + rest**2)
         if full_length_iteration is None and step.seqlen == seq_length:
             full_length_iteration = progress.iteration + 1
     return PlannedRun(

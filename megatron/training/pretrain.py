@@ -11,14 +11,12 @@ from typing import Any
 import numpy as np
 
 from megatron.arguments import to_yaml
-from megatron.checkpointing.commit import (
-    CHECKPOINTS,
-)
+from megatron.checkpointing.commit import CHECKPOINTS
 from megatron.checkpointing.rng import capture_rng
 from megatron.checkpointing.saver import Saver
 from megatron.checkpointing.state import collect
 from megatron.config import Config
-from megatron.console import ProgressLine, format_count
+from megatron.console import ProgressLine
 from megatron.data.batch import Batch
 from megatron.data.blending import parse_data_path
 from megatron.data.datasets import Datasets, build_datasets
@@ -28,13 +26,13 @@ from megatron.distributed.launch import connect, under_torchrun
 from megatron.distributed.parallelize import place
 from megatron.distributed.watch import Watch
 from megatron.distributed.world import World
-from megatron.errors import EXIT_FINISHED, EXIT_STOPPED
+from megatron.errors import EXIT_FINISHED, EXIT_STOPPED, UserError
 from megatron.metrics import MetricsLogger
-from megatron.model.flops import parameter_count
 from megatron.model.initialisation import initialise
 from megatron.optimizer.moment_statistics import MomentStatistics, moment_statistics
-from megatron.pacing.plan import Schedules, StepPlan, plan_run
-from megatron.progress import Duration, Progress
+from megatron.pacing.plan import Schedules, StepPlan
+from megatron.progress import crossed
+from megatron.training.description import describe, target_tokens
 from megatron.training.evaluation import evaluate
 from megatron.training.faults import FaultHandler
 from megatron.training.home import (
@@ -146,6 +144,11 @@ def open_data(config: Config) -> tuple[Vocabulary, Datasets]:
         vocab_size=vocabulary.size,
         timeout=60 * config.parallel.distributed_timeout_minutes,
     )
+    if config.seqlen_warmup.seqlen_warmup == "adaptive" and datasets.validation is None:
+        raise UserError(
+            f"--seqlen-warmup adaptive lengthens after validations, and --split {config.data.split} leaves no document "
+            "for them"
+        )
     return vocabulary, datasets
 
 
@@ -186,7 +189,7 @@ class Run:
         """Some rank has been asked to stop, and all know."""
         self._train_step = TrainStep(
             state.model, state.optimizer, state.scaler, forward_step,
-            config.training, config.optimizer, config.parallel, world,
+            config.training, config.optimizer, config.parallel, world, config.seqlen_warmup.seqlen_realisation,
         )  # fmt: skip
         self._faults = FaultHandler(config, state, world, datasets.train, saver, metrics, console)
         self._started = time.monotonic() - state.elapsed_seconds
@@ -255,7 +258,8 @@ class Run:
         batch, ranks = plan.global_batch_size, (self._world.dp_rank, self._world.layout.dp)
         first = state.sample_number(progress.consumed_samples)
         samples = self._loader.batch(first, batch, *ranks)
-        self._loader.prefetch(first + batch, batch, *ranks)
+        if not self.schedules.finished(later := self.schedules.after(progress, plan)):
+            self._loader.prefetch(first + batch, self.schedules.plan(later).global_batch_size, *ranks)
         try:
             asked = self._stop.reason is not None or self._saver.failed  # which the save at the stop then raises
             result = self._train_step(self._batch(samples), plan, stop_asked=asked)
@@ -279,6 +283,8 @@ class Run:
         """One object of metrics.jsonl, and the progress line; returns the loss ratio."""
         state = self.state
         progress = state.progress
+        matched = state.matched_ratio.update(result.bucket_losses, result.bucket_tokens)
+        state.adaptive.trained(matched)
         entry: dict[str, Any] = {
             "iteration": progress.iteration,
             "consumed_samples": progress.consumed_samples,
@@ -288,7 +294,7 @@ class Run:
             "lr": plan.lr,
             "loss": result.loss,
             "loss_ratio": state.loss_ratio.update(result.loss),
-            "position_matched_loss_ratio": state.matched_ratio.update(result.bucket_losses, result.bucket_tokens),
+            "position_matched_loss_ratio": matched,
             "loss_by_position": state.matched_ratio.losses(result.bucket_losses, result.bucket_tokens),
             "grad_norm": result.grad_norm,
             "clipped": result.clipped,
@@ -297,7 +303,7 @@ class Run:
             "adam_variance_norm": moments.adam_variance_norm if moments else None,
             "adam_variance_max": moments.adam_variance_max if moments else None,
             "adam_momentum_norm": moments.adam_momentum_norm if moments else None,
-            "tokens_per_second": plan.global_batch_size * plan.seqlen / seconds,
+            "tokens_per_second": plan.tokens / seconds,
             "seconds": state.training_seconds,
             "elapsed_seconds": self._elapsed(),
         }
@@ -338,6 +344,8 @@ class Run:
             "elapsed_seconds": self._elapsed(),
         }
         self._metrics.log_validation(entry, event=event)
+        if event == "validation":
+            self.state.adaptive.validated(progress, result.loss)
         self._console.validation(entry, event=event)
         return True
 
@@ -371,7 +379,7 @@ class Run:
 
     def _largest_batch(self) -> Batch:
         """This rank's share of a full-length step, of zeros, with the masks that this run uses."""
-        sequences = self.schedules.global_batch_size // self._world.layout.dp
+        sequences = self.config.training.global_batch_size // self._world.layout.dp
         return self._batch(np.zeros((sequences, self.config.model.seq_length + 1), dtype=np.int64))
 
     def _batch(self, samples: np.ndarray) -> Batch:
@@ -386,54 +394,3 @@ class Run:
 
     def _elapsed(self) -> float:
         return time.monotonic() - self._started
-
-
-def crossed(interval: Duration | None, before: Progress, after: Progress) -> bool:
-    """Whether a multiple of `interval` lies in the step from `before` to `after`; never where that led back."""
-    if interval is None or after.iteration <= before.iteration:
-        return False
-    return interval.position(before) // interval.value != interval.position(after) // interval.value
-
-
-def target_tokens(config: Config) -> int | None:
-    """Tokens at the end of the run, where a limit in tokens or the plan says it."""
-    limit = config.training.train_tokens
-    if limit is not None and config.training.train_iters is None and config.training.train_samples is None:
-        return limit
-    return plan_run(config).progress.consumed_tokens
-
-
-def warnings(config: Config) -> list[str]:
-    """What a user may not have meant."""
-    notes = []
-    if config.checkpoint.save is None:
-        notes.append("no --save DIR: nothing of this run will be kept")
-    if plan_run(config).full_length_iteration is None:
-        notes.append(f"the run ends before its sequence length reaches --seq-length {config.model.seq_length}")
-    return notes
-
-
-def describe(config: Config, datasets: Datasets, vocab_size: int, world: World, progress: Progress) -> str:
-    """What is about to happen, in a few lines."""
-    warmup = config.seqlen_warmup
-    pacing: str = warmup.seqlen_warmup
-    if pacing in ("linear", "root"):
-        duration = warmup.duration()
-        pacing += f" from {warmup.seqlen_start} over {duration.value:,} {duration.unit}"
-    elif pacing == "discrete":
-        pacing += f" {warmup.seqlen_stages}"
-    parameters = parameter_count(config.model, vocab_size)
-    per_epoch = datasets.train.num_samples_per_epoch
-    ranks = str(world.device.type)
-    if world.size > 1:
-        ranks = f"{world.size} x {ranks} ({layout_name(config, world)})"
-    lines = [
-        f"model      {config.model.num_layers} layers, hidden {config.model.hidden_size}, "
-        f"{config.model.num_attention_heads} heads, {format_count(parameters)} parameters, vocabulary {vocab_size:,}",
-        f"data       {datasets.num_tokens[0]:,} training tokens, {per_epoch:,} samples an epoch",
-        f"length     {config.model.seq_length}, sequence length warmup: {pacing}",
-        f"batch      {config.training.global_batch_size} sequences a step, on {ranks}, from step "
-        f"{progress.iteration + 1:,}",
-        *(f"note       {note}" for note in [*datasets.notes, *warnings(config)]),
-    ]
-    return "\n".join(lines)

@@ -14,12 +14,13 @@ from megatron.data.indexed_dataset import IndexedDataset
 from megatron.distributed.parallelize import parallelize
 from megatron.distributed.world import World
 from megatron.errors import UserError
-from megatron.instability.loss_ratio import PositionMatchedLossRatio
+from megatron.instability.loss_ratio import SPIKE, PositionMatchedLossRatio
 from megatron.layout import padded_vocabulary
 from megatron.model.gpt2 import GPT2Model
 from megatron.model.initialisation import generator_for
 from megatron.optimizer.adamw import build_optimizer
 from megatron.optimizer.loss_scale import LossScaler
+from megatron.pacing.seqlen_warmup import AdaptivePacing
 from megatron.tokenizer.build import build_tokenizer
 from megatron.training.state import TrainState
 
@@ -89,4 +90,5 @@ def build_state(
         optimizer=build_optimizer(model, config.optimizer),
         scaler=LossScaler(config.training),
         matched_ratio=PositionMatchedLossRatio(config.model.seq_length),
+        adaptive=AdaptivePacing(config.seqlen_warmup, limit=SPIKE),
     )

@@ -11,6 +11,7 @@ import torch
 import megatron
 from megatron.arguments import flat
 from megatron.config import (
+    BatchSizeWarmupConfig,
     Config,
     LearningRateConfig,
     ModelConfig,
@@ -21,10 +22,15 @@ from megatron.errors import UserError
 from megatron.instability.loss_ratio import LossRatio, PositionMatchedLossRatio
 from megatron.model.gpt2 import GPT2Model
 from megatron.optimizer.loss_scale import LossScaler
+from megatron.pacing.seqlen_warmup import AdaptivePacing
 from megatron.progress import Progress
 
 GUARDED = (
-    {f.name for s in (ModelConfig, SeqlenWarmupConfig, LearningRateConfig, OptimizerConfig) for f in fields(s)}
+    {
+        f.name
+        for s in (ModelConfig, SeqlenWarmupConfig, BatchSizeWarmupConfig, LearningRateConfig, OptimizerConfig)
+        for f in fields(s)
+    }
     | {"seed", "global_batch_size", "fp16", "bf16", "split", "eod_mask_loss", "reset_position_ids"}
     | {"reset_attention_mask"}
 ) - {"model_size", "moment_statistics_interval"}
@@ -41,6 +47,7 @@ class TrainState:
     optimizer: torch.optim.AdamW
     scaler: LossScaler
     matched_ratio: PositionMatchedLossRatio
+    adaptive: AdaptivePacing
     loss_ratio: LossRatio = field(default_factory=LossRatio)
     progress: Progress = field(default_factory=Progress)
     validation_due: bool = False
@@ -71,6 +78,7 @@ class TrainState:
             "loss_scaler": self.scaler.state_dict(),
             "loss_ratio": self.loss_ratio.state_dict(),
             "position_matched_loss_ratio": self.matched_ratio.state_dict(),
+            "adaptive_pacing": self.adaptive.state_dict(),
             "validation_due": self.validation_due,
             "nonfinite_steps": self.nonfinite_steps,
             "spiking": self.spiking,
@@ -93,6 +101,7 @@ class TrainState:
         self.scaler.load_state_dict(state["loss_scaler"])
         self.loss_ratio.load_state_dict(state["loss_ratio"])
         self.matched_ratio.load_state_dict(state["position_matched_loss_ratio"])
+        self.adaptive.load_state_dict(state["adaptive_pacing"])
         self.validation_due = state["validation_due"]
         self.nonfinite_steps = state["nonfinite_steps"]
         self.spiking = state["spiking"]

@@ -6,7 +6,7 @@ Ranks exchange their numbers once a step, and their counts of tokens before it w
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -25,7 +25,8 @@ from megatron.optimizer.loss_scale import LossScaler
 from megatron.pacing.plan import StepPlan
 
 ForwardStep = Callable[[GPT2Model, Batch, int], tuple[Tensor, Tensor | None]]
-"""(model, full-length micro-batch on the host, seqlen) -> losses [sequences, seqlen] unreduced, and their mask."""
+"""(model, micro-batch on the host, at full length but where it is a piece of one, seqlen) -> losses
+[sequences, seqlen] unreduced, and their mask."""
 
 
 class PositionLosses:
@@ -110,6 +111,7 @@ class TrainStep:
         optimizer_config: OptimizerConfig,
         parallel: ParallelConfig,
         world: World,
+        realisation: str = "truncate",
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -118,6 +120,7 @@ class TrainStep:
         self._forward_step = forward_step
         self._training = training
         self._parallel = parallel
+        self._realisation = realisation
         self._max_norm = optimizer_config.clip_grad
 
     def __call__(self, batch: Batch, step: StepPlan, *, stop_asked: bool = False) -> StepResult:
@@ -130,7 +133,7 @@ class TrainStep:
             NonFiniteError: before anything is updated, on every rank.
         """
         loss_scale = self.scaler.scale
-        position_losses = self._backward(batch, step.seqlen)
+        position_losses = self._backward(batch, step.seqlen, step.sample_tokens or step.seqlen)
         grads = gradients(self.model.parameters())
         squares = squared_norm(grads).to(self.world.device)
         asked = torch.full_like(squares, float(stop_asked))
@@ -165,19 +168,28 @@ class TrainStep:
         self.scaler.update(overflow=not finite)
         return result
 
-    def _backward(self, batch: Batch, seqlen: int) -> PositionLosses:
+    def _backward(self, batch: Batch, seqlen: int, sample_tokens: int) -> PositionLosses:
         """Accumulate the gradients of all micro-batches."""
         self.model.train()
-        total = max(self._loss_tokens(batch, seqlen), 1)
+        total = max(self._loss_tokens(batch, sample_tokens), 1)
         position_losses = PositionLosses(batch.seqlen, self.world.device)
-        micro_batches = list(batch.split(self._training.micro_batch_sequences(seqlen, batch.seqlen)))
+        micro_batches = list(self._micro_batches(batch, seqlen))
         for number, micro_batch in enumerate(micro_batches, start=1):
             before_backward(self.model, self._parallel, last=number == len(micro_batches))
             with autocast(self._training, self.world.device):
-                losses, mask = self._forward_step(self.model, micro_batch, seqlen)
+                losses, mask = self._forward_step(self.model, micro_batch, min(seqlen, micro_batch.seqlen))
             loss_sum = position_losses.add(losses, mask)
             (loss_sum * (self.scaler.scale / total)).backward()
         return position_losses
+
+    def _micro_batches(self, batch: Batch, seqlen: int) -> Iterator[Batch]:
+        """`batch` in parts that each fit the token budget at `seqlen`, which the forward step truncates them to."""
+        pieces = [batch]
+        if self._realisation != "truncate":
+            pieces = batch.cut(seqlen, keep_positions=self._realisation == "window")
+        for piece in pieces:
+            width = min(seqlen, piece.seqlen)
+            yield from piece.split(self._training.micro_batch_sequences(width, batch.seqlen))
 
     def _loss_tokens(self, batch: Batch, seqlen: int) -> int:
         """Predictions that count in the whole step, of all ranks, which have equal shares of its sequences."""
@@ -191,8 +203,7 @@ class TrainStep:
         """
         device = self.world.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            largest = next(batch.split(self._training.micro_batch_sequences(batch.seqlen, batch.seqlen)))
-            self._backward(largest, batch.seqlen)
+            self._backward(next(self._micro_batches(batch, batch.seqlen)), batch.seqlen, batch.seqlen)
         self.optimizer.zero_grad(set_to_none=True)
 
 
