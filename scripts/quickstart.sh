@@ -40,30 +40,7 @@ if [ "$(cat "$made_from")" != "$now" ]; then
     exit 1
 fi
 
-if [ -z "$input" ]; then
-    input="$output/stdlib.jsonl"
-    step "1/6 corpus"
-    [ -e "$input" ] || python tools/collect_stdlib.py "$input"
-else
-    step "1/6 corpus: $input"
-fi
-
-name="$(printf %s "$input" | tr '[:upper:]' '[:lower:]')"
-name="${name%.gz}"
-case "${name%.zst}" in
-    *.jsonl | *.json | *.ndjson | *.parquet) text_unit=file ;;
-    *) text_unit=paragraph ;; # a text file that is one document leaves nothing to validate on
-esac
-
-step "2/6 tokenizer"
-tokenizer="$output/tokenizer"
-[ -e "$tokenizer/tokenizer.json" ] ||
-    python tools/train_tokenizer.py --input "$input" --text-unit "$text_unit" --vocab-size 4096 --output "$tokenizer"
-
-step "3/6 preprocessing"
-[ -e "$output/corpus_text_document.idx" ] ||
-    python tools/preprocess_data.py --input "$input" --text-unit "$text_unit" --output-prefix "$output/corpus" \
-        --append-eod --workers 2 --vocab-file "$tokenizer/vocab.json" --merge-file "$tokenizer/merges.txt"
+bash scripts/prepare_corpus.sh "$output" "$input"
 
 train() { # recipe
     python pretrain_gpt2.py --config "recipes/quickstart/$1.yaml" --data-path "$output/corpus_text_document" \
@@ -72,10 +49,10 @@ train() { # recipe
     [ $status -ne 75 ] || echo "stopped and saved: run this script again with the same arguments to go on" >&2
     exit $status
 }
-step "4/6 pretraining at full length"
+step "pretraining at full length"
 train baseline
-step "5/6 pretraining with sequence length warmup"
+step "pretraining with sequence length warmup"
 train slw
 
-step "6/6 comparison"
+step "comparison"
 python tools/compare_runs.py "$output/baseline" "$output/slw" --output "$output/comparison.png"

@@ -87,6 +87,12 @@ def test_micro_batches_in_a_row_are_the_batch(samples: np.ndarray, sequences: in
     assert parts[0].tokens.data_ptr() == batch.tokens.data_ptr(), "a view, not a copy"
 
 
+@pytest.mark.parametrize("seqlen", [0, 4])
+def test_pieces_that_do_not_fit(seqlen: int) -> None:
+    with pytest.raises(ValueError, match=f"sequences of 3 tokens to {seqlen}"):
+        batch_of(np.zeros((1, 4), dtype=np.int64)).cut(seqlen, keep_positions=True)
+
+
 def test_lengths_that_do_not_fit() -> None:
     batch = batch_of(np.ones((2, 9), dtype=np.int64))
     for seqlen in (0, -1, 9):
@@ -106,6 +112,38 @@ def test_samples_are_not_aliased() -> None:
     batch = batch_of(samples)
     samples[:] = 7
     assert batch.tokens.tolist() == [[1, 1, 1, 1]]
+
+
+@given(samples_with_eods, st.data(), st.booleans())
+def test_cutting_keeps_every_token_once_with_its_masks(samples: np.ndarray, data: st.DataObject, keep: bool) -> None:
+    """Against a loop over tokens: where each stands, and what of its document its piece holds."""
+    length = samples.shape[1] - 1
+    seqlen = data.draw(st.integers(1, length))
+    for batch in (everything(samples), batch_of(samples)):
+        pieces = batch.cut(seqlen, keep_positions=keep)
+        rest = length % seqlen
+        assert [(piece.sequences, piece.seqlen) for piece in pieces] == [
+            (len(samples) * (length // seqlen), seqlen),
+            *([(len(samples), rest)] if rest else []),
+        ]
+        for row in range(len(samples)):
+            for column in range(length):
+                number, place = divmod(column, seqlen)
+                piece = pieces[1] if number == length // seqlen else pieces[0]
+                at = (row, place) if piece is not pieces[0] else (row * (length // seqlen) + number, place)
+                assert piece.tokens[at] == batch.tokens[row, column]
+                assert piece.labels[at] == batch.labels[row, column]
+                position = column if batch.position_ids is None else int(batch.position_ids[row, column])
+                if not keep:
+                    position = min(position, place)
+                found = place if piece.position_ids is None else int(piece.position_ids[at])
+                assert found == position
+                if batch.loss_mask is not None and piece.loss_mask is not None:
+                    assert piece.loss_mask[at] == batch.loss_mask[row, column]
+                if batch.segment_ids is not None and piece.segment_ids is not None:
+                    assert piece.segment_ids[at] == batch.segment_ids[row, column]
+                assert (batch.segment_ids is None) == (piece.segment_ids is None)
+                assert (batch.loss_mask is None) == (piece.loss_mask is None)
 
 
 @pytest.mark.gpu

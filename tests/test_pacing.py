@@ -1,5 +1,7 @@
 """Sequence length pacing against the formulas in exact rational arithmetic."""
 
+import json
+import math
 from fractions import Fraction
 from itertools import pairwise
 
@@ -7,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron.config import SeqlenWarmupConfig
+from megatron.config import Config, EvaluationConfig, ModelConfig, SeqlenWarmupConfig, TrainingConfig
 from megatron.errors import UserError
-from megatron.pacing.seqlen_warmup import SeqlenSchedule, linear_seqlen, root_seqlen
+from megatron.pacing.plan import plan_run, walk
+from megatron.pacing.seqlen_warmup import AdaptivePacing, SeqlenSchedule, linear_seqlen, root_seqlen
 from megatron.progress import Progress
 
 
@@ -59,6 +62,9 @@ def test_paper_setting_by_hand():
     ]  # fmt: skip
 
 
+BARE = {"seqlen_warmup_iters": None}
+
+
 def schedule(**settings) -> SeqlenSchedule:
     seq_length = settings.pop("seq_length", 1024)
     config = SeqlenWarmupConfig(**settings)
@@ -90,6 +96,78 @@ def test_no_warmup_is_full_length():
     assert schedule().seqlen(Progress()) == 1024
 
 
+def test_stages_and_cycles_in_tokens_look_at_the_tokens_before_the_step():
+    stages = schedule(seqlen_warmup="discrete", seqlen_stages="128:2B,1024", seqlen_stages_unit="tokens")
+    assert [stages.seqlen(Progress(9, consumed_tokens=n)) for n in (0, 2 * 10**9 - 1, 2 * 10**9)] == [128, 128, 1024]
+    cycle = schedule(seqlen_warmup="mixed", seqlen_cycle="8:100,16:50", seqlen_stages_unit="tokens", seq_length=24)
+    assert [cycle.seqlen(Progress(9, consumed_tokens=n)) for n in (0, 99, 100, 149, 150, 15 * 10**8 + 100)] == [
+        8, 8, 16, 16, 8, 16,
+    ]  # fmt: skip
+
+
+def test_mixed_repeats_900_short_steps_and_100_long_ones():
+    mixed = schedule(seqlen_warmup="mixed", seqlen_cycle="128:900,1024:100")
+    found = [mixed.seqlen(Progress(iteration=t - 1)) for t in range(1, 5001)]
+    assert found == ([128] * 900 + [1024] * 100) * 5
+
+
+def test_adaptive_lengthens_after_validations_that_are_calm_and_no_worse():
+    config = SeqlenWarmupConfig(seqlen_warmup="adaptive", seqlen_adaptive_step=16, seqlen_adaptive_tolerance=0.1)
+    lengths, progress, pacing = SeqlenSchedule(config, 64), Progress(), AdaptivePacing(config, limit=1.2)
+    events = [
+        (None, 5.0, 24),  # the first one always does
+        (1.0, 5.5, 40),  # within the tolerance of 5.0
+        (1.0, 5.51, 40),  # beyond it, though within that of the last
+        (1.3, 4.0, 40),  # a step spiked in between
+        (1.1, 4.3, 56),  # the spike is forgotten, 4.0 is what counts
+        (math.nan, 3.0, 56),  # a ratio that is not finite is no calm
+        (1.2, math.nan, 56),
+        (1.2, 3.0, 64),
+        (1.2, 2.0, 64),
+    ]
+    for ratio, loss, expected in events:
+        resumed = AdaptivePacing(config, limit=1.2)
+        pacing.trained(ratio)
+        pacing.trained(1.0)
+        resumed.load_state_dict(json.loads(json.dumps(pacing.state_dict())))
+        resumed.validated(progress, loss)
+        pacing = resumed
+        assert lengths.seqlen(progress) == expected
+    other = AdaptivePacing(SeqlenWarmupConfig(), limit=1.2)
+    other.validated(progress := Progress(), 1.0)
+    assert progress.seqlen_level == 0, "other pacings have no level"
+
+
+def test_adaptive_lengthens_by_a_sixteenth_by_default():
+    config = SeqlenWarmupConfig(seqlen_warmup="adaptive")
+    assert config.adaptive_step(1024) == 64, "1016 / 16 = 63.5, up to a multiple of 8"
+    assert config.adaptive_step(16) == 8
+
+
+def test_a_plan_takes_adaptive_pacing_at_its_fastest():
+    config = Config(
+        model=ModelConfig(seq_length=64),
+        seqlen_warmup=SeqlenWarmupConfig(seqlen_warmup="adaptive", seqlen_adaptive_step=24),
+        training=TrainingConfig(train_iters=8, global_batch_size=1),
+        evaluation=EvaluationConfig(eval_interval=2),
+    )
+    assert [step.seqlen for _, step in walk(config)] == [8, 8, 32, 32, 56, 56, 64, 64]
+
+
+@pytest.mark.parametrize("realisation", ["reshape", "window"])
+def test_what_is_not_truncated_counts_all_tokens(realisation):
+    config = Config(
+        model=ModelConfig(seq_length=32),
+        seqlen_warmup=SeqlenWarmupConfig("linear", 8, seqlen_warmup_iters=4, seqlen_realisation=realisation),
+        training=TrainingConfig(train_tokens=6 * 64, global_batch_size=2),
+    )
+    assert [(step.seqlen, step.tokens) for _, step in walk(config)] == [(n, 64) for n in (8, 16, 24, 32, 32, 32)]
+    planned = plan_run(config)
+    assert planned.discarded_share == 0
+    attended = 2 * (4 * 8 * 8 + 2 * 16 * 16 + (24 * 24 + 8 * 8) + 3 * 32 * 32)
+    assert planned.token_seqlen_sum == attended, "a step of 24 has a rest of 8"
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -103,6 +181,15 @@ def test_no_warmup_is_full_length():
         ({"seqlen_warmup": "root", "seqlen_root_degree": 0}, "--seqlen-root-degree 0"),
         ({"seqlen_warmup": "none"}, "--seqlen-warmup-iters has no effect"),
         ({"seqlen_stages": "8:1,1024"}, "--seqlen-stages goes with"),
+        ({"seqlen_cycle": "8:1,1024:1"}, "--seqlen-cycle goes with --seqlen-warmup mixed, not linear"),
+        ({"seqlen_adaptive_step": 8}, "--seqlen-adaptive-step goes with --seqlen-warmup adaptive, not linear"),
+        (BARE | {"seqlen_warmup": "mixed"}, "needs --seqlen-cycle"),
+        (BARE | {"seqlen_warmup": "mixed", "seqlen_cycle": "8:1,1024"}, "found '1024'"),
+        (BARE | {"seqlen_warmup": "mixed", "seqlen_cycle": "8:0,1024:1"}, "found '8:0'"),
+        (BARE | {"seqlen_warmup": "mixed", "seqlen_cycle": "12:1,1024:1"}, "length 12 must be a multiple"),
+        (BARE | {"seqlen_warmup": "adaptive", "seqlen_adaptive_step": 12}, "--seqlen-adaptive-step 12 must be"),
+        (BARE | {"seqlen_warmup": "adaptive", "seqlen_adaptive_tolerance": -0.1}, "must not be negative"),
+        (BARE | {"seqlen_warmup": "none", "seqlen_realisation": "window"}, "--seqlen-realisation window has no"),
         ({"seqlen_warmup": "discrete", "seqlen_warmup_iters": None}, "needs --seqlen-stages"),
         (
             {"seqlen_warmup": "discrete", "seqlen_stages": "8:1,1024"},

@@ -20,13 +20,14 @@ MODEL = (
     "--num-layers 2 --hidden-size 32 --num-attention-heads 2 --seq-length 32 --global-batch-size 64 "
     "--micro-batch-size 16 --lr 1e-2 --lr-warmup-iters 4 --split 80,10,10 --eval-iters 1 --eval-interval 7 "
     "--no-tensorboard --log-interval 5 --hidden-dropout 0.1 --attention-dropout 0.1 "
-    "--seqlen-warmup linear --seqlen-start 8 --seqlen-warmup-iters 16 --lr-decay-iters 20"
+    "--seqlen-warmup linear --seqlen-start 8 --seqlen-warmup-iters 16 --lr-decay-iters 20 "
+    "--batch-size-warmup linear --batch-size-start 48 --batch-size-increment 8 --batch-size-warmup-iters 8"
 ).split()
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> str:
-    """400 documents, 40,000 tokens of a vocabulary of 200; 80% of them are 999 samples: step 16 begins epoch 2."""
+    """400 documents, 40,000 tokens of a vocabulary of 200; 80% of them are 999 samples: step 17 begins epoch 2."""
     rng = np.random.default_rng(0)
     prefix = tmp_path_factory.mktemp("corpus") / "toy_text_document"
     with IndexedDatasetWriter(prefix, np.uint16) as writer:
@@ -85,8 +86,9 @@ def test_the_log_has_every_step_and_the_fields_promised(straight):
     assert all(set(e) == want for e in steps)
     assert steps[0]["seqlen"] == 8
     assert steps[15]["seqlen"] == 32
-    assert steps[-1]["consumed_samples"] == 1280
-    assert steps[-1]["consumed_tokens"] == sum(64 * e["seqlen"] for e in steps)
+    assert steps[-1]["consumed_samples"] == 48 * 3 + 56 * 4 + 64 * 13
+    assert steps[-1]["consumed_tokens"] == sum(e["global_batch_size"] * e["seqlen"] for e in steps)
+    assert [e["global_batch_size"] for e in steps] == [48] * 3 + [56] * 4 + [64] * 13
     assert [e["iteration"] for e in log_of(straight) if e.get("event") == "validation"] == [7, 14, 20]
     assert [e["iteration"] for e in log_of(straight) if e.get("event") == "test"] == [20]
 
@@ -115,7 +117,7 @@ def test_the_resolved_config_reproduces_the_run(corpus, straight, tmp_path):
 
 
 def test_stopped_in_the_warmup_and_resumed_is_the_same_run(corpus, straight, tmp_path):
-    """With dropout, across an epoch (step 16) and with validations between."""
+    """With dropout, across an epoch (step 17) and with validations between."""
     home = tmp_path / "run"
     first = run(corpus, "--train-iters", "20", "--save", str(home), "--load", str(home), "--exit-interval", "9")
     assert first.returncode == 75, first.stderr
@@ -143,6 +145,33 @@ def test_killed_in_the_warmup_and_resumed_is_the_same_run(corpus, straight, tmp_
     assert again.returncode == 0, again.stderr
     assert log_of(home) == log_of(straight)
     assert checkpoint_files(home, 20) == checkpoint_files(straight, 20)
+
+
+@pytest.mark.parametrize("realisation", ["truncate", "reshape", "window"])
+def test_adaptive_pacing_resumed_is_the_same_run(corpus, tmp_path, realisation):
+    """Stopped between two validations, of which the first let it lengthen and a spike on the way holds back others."""
+    warmup = (
+        "--unset seqlen-warmup-iters --seqlen-warmup adaptive --seqlen-adaptive-step 8 --eval-interval 3 "
+        f"--seqlen-realisation {realisation} --train-iters 14"
+    ).split()
+    whole, home = tmp_path / "whole", tmp_path / "run"
+    assert run(corpus, *warmup, "--save", str(whole), "--num-workers", "0").returncode == 0
+    first = run(corpus, *warmup, "--save", str(home), "--exit-interval", "5")
+    assert first.returncode == 75, first.stderr
+    second = run(corpus, *warmup, "--save", str(home), "--load", str(home))
+    assert second.returncode == 0, second.stderr
+    assert log_of(home) == log_of(whole)
+    lengths = [e["seqlen"] for e in log_of(whole) if "seqlen" in e]
+    tokens = [int(e["consumed_tokens"]) for e in log_of(whole) if "seqlen" in e]
+    assert lengths[:4] == [8, 8, 8, 16] and lengths == sorted(lengths) and len(set(lengths)) >= 3
+    assert tokens[0] == 48 * (8 if realisation == "truncate" else 32)
+
+
+def test_adaptive_pacing_needs_a_validation_split(corpus, tmp_path):
+    flags = "--unset seqlen-warmup-iters --seqlen-warmup adaptive --split 100,0,0 --train-iters 2".split()
+    result = run(corpus, *flags)
+    assert result.returncode == 1
+    assert "--split 100,0,0 leaves no document for them" in result.stderr and "Traceback" not in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -334,7 +363,7 @@ def test_a_signal_saves_and_leaves_with_the_requeue_status(corpus, tmp_path, num
     ("change", "named"),
     [
         (["--lr", "2e-2"], "lr: checkpoint 0.01, now 0.02"),
-        (["--global-batch-size", "16"], "global_batch_size: checkpoint 64, now 16"),
+        (["--global-batch-size", "80"], "global_batch_size: checkpoint 64, now 80"),
         (["--seqlen-warmup-iters", "12"], "seqlen_warmup_iters: checkpoint 16, now 12"),
         (["--seed", "7"], "seed: checkpoint 1234, now 7"),
         (["--split", "90,5,5"], "split: checkpoint 80,10,10, now 90,5,5"),

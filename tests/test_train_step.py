@@ -37,12 +37,14 @@ def samples(n: int, seed: int = 0):
     return torch.randint(0, VOCAB, (n, LENGTH + 1), generator=torch.Generator().manual_seed(seed)).numpy()
 
 
-def stepper(model: GPT2Model, forward=forward_step, clip: float = 0.0, scaler=None, **training) -> TrainStep:
+def stepper(
+    model: GPT2Model, forward=forward_step, clip: float = 0.0, scaler=None, realisation="truncate", **training
+) -> TrainStep:
     config = TrainingConfig(**{"train_iters": 1, "global_batch_size": 12} | training)
     optimizer_config = OptimizerConfig(clip_grad=clip)
     return TrainStep(
         model, build_optimizer(model, optimizer_config), scaler or LossScaler(config), forward, config,
-        optimizer_config, ParallelConfig(), ALONE,
+        optimizer_config, ParallelConfig(), ALONE, realisation,
     )  # fmt: skip
 
 
@@ -56,8 +58,45 @@ def one_step_gradients(batch: Batch, seqlen: int, **training):
         caught.update({n: p.grad.clone() for n, p in model.named_parameters()})
 
     step.optimizer.register_step_pre_hook(catch)
-    result = step(batch, StepPlan(seqlen, batch.sequences, 1e-3))
+    kept = None if training.get("realisation", "truncate") == "truncate" else batch.seqlen
+    result = step(batch, StepPlan(seqlen, batch.sequences, 1e-3, kept))
     return result, caught
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("seqlen", [8, 12, 24, 32])
+def test_window_is_full_length_training_under_a_block_wise_mask(seqlen: int, masked: bool):
+    """SkyLadder's mask: token i attends to floor(i / w) * w .. i."""
+    rows = samples(12)
+    batch = Batch.from_samples(rows, eod=3, eod_mask_loss=masked)
+    blocks = (torch.arange(LENGTH) // seqlen).expand(12, -1)
+    result, grads = one_step_gradients(batch, seqlen, realisation="window", micro_batch_tokens=64)
+    expected, expected_grads = one_step_gradients(replace(batch, segment_ids=blocks), LENGTH, micro_batch_tokens=64)
+    assert result.loss == pytest.approx(expected.loss, rel=1e-6)
+    assert sum(result.bucket_tokens) == sum(expected.bucket_tokens) == batch.loss_tokens(LENGTH)
+    for name, grad in expected_grads.items():
+        torch.testing.assert_close(grads[name], grad, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("seqlen", [8, 12, 24, 32])
+def test_reshape_is_training_on_every_piece(seqlen: int):
+    rows = samples(12)
+    model = model_of()
+    losses = [
+        F.cross_entropy(
+            model.logits(model(piece[:, :-1], None, None))[:, :VOCAB], piece[:, 1:].flatten(), reduction="sum"
+        )
+        for start in range(0, LENGTH, seqlen)
+        for piece in [torch.from_numpy(rows[:, start : min(start + seqlen, LENGTH) + 1])]
+    ]
+    loss = sum(losses) / (12 * LENGTH)
+    loss.backward()
+    result, grads = one_step_gradients(
+        Batch.from_samples(rows), seqlen, realisation="reshape", micro_batch_size=2, fixed_micro_batch=True
+    )
+    assert result.loss == pytest.approx(loss.item(), rel=1e-6)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(grads[name], parameter.grad, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("seqlen", [8, 24, 32])

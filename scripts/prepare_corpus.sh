@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Text, tokenizer and dataset for a first run: bash scripts/prepare_corpus.sh OUTPUT [INPUT]
+#
+# Collects the Python standard library's sources and docstrings, or takes INPUT (JSON lines, text or parquet), trains a
+# tokenizer, and writes OUTPUT/corpus_text_document.bin and .idx. What is there already is not made again.
+set -euo pipefail
+output="${1:?prepare_corpus.sh needs the directory to write to}" input="${2:-}"
+source "$(dirname "$0")/environment.sh" base
+step() { printf '\n== %s\n' "$1"; }
+
+mkdir -p "$output"
+if [ -z "$input" ]; then
+    input="$output/stdlib.jsonl"
+    step "corpus"
+    [ -e "$input" ] || python "$root/tools/collect_stdlib.py" "$input"
+else
+    step "corpus: $input"
+fi
+
+name="$(printf %s "$input" | tr '[:upper:]' '[:lower:]')"
+name="${name%.gz}"
+case "${name%.zst}" in
+    *.jsonl | *.json | *.ndjson | *.parquet) text_unit=file ;;
+    *) text_unit=paragraph ;; # a text file that is one document leaves nothing to validate on
+esac
+
+step "tokenizer"
+tokenizer="$output/tokenizer"
+[ -e "$tokenizer/tokenizer.json" ] ||
+    python "$root/tools/train_tokenizer.py" --input "$input" --text-unit "$text_unit" --vocab-size 4096 \
+        --output "$tokenizer"
+
+step "preprocessing"
+[ -e "$output/corpus_text_document.idx" ] ||
+    python "$root/tools/preprocess_data.py" --input "$input" --text-unit "$text_unit" --output-prefix "$output/corpus" \
+        --append-eod --workers 2 --vocab-file "$tokenizer/vocab.json" --merge-file "$tokenizer/merges.txt"
