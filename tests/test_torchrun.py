@@ -23,8 +23,13 @@ MODEL = (
     "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 32 --global-batch-size 16 "
     "--micro-batch-size 2 --lr 1e-2 --lr-warmup-iters 4 --split 80,10,10 --eval-iters 1 --eval-interval 7 "
     "--no-tensorboard --log-interval 5 --hidden-dropout 0.0 --attention-dropout 0.0 --seqlen-warmup linear "
-    "--seqlen-start 8 --seqlen-warmup-iters 9 --lr-decay-iters 14 --train-iters 14 --vocab-size 200"
+    "--seqlen-start 8 --seqlen-warmup-iters 9 --lr-decay-iters 14 --train-iters 14 --vocab-size 200 "
+    "--seqlen-realisation window "
+    "--batch-size-warmup linear --batch-size-start 8 --batch-size-increment 4 --batch-size-warmup-iters 6"
 ).split()
+
+THREE = "--global-batch-size 12 --batch-size-start 6 --batch-size-increment 3".split()
+"""For three data parallel ranks."""
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +189,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(corpus, tmp_path, numbe
 @pytest.mark.parametrize(("victim", "number"), [(1, signal.SIGKILL), (0, signal.SIGKILL)])
 def test_a_rank_that_dies_is_named_and_the_others_leave(corpus, tmp_path, victim, number):
     home = tmp_path / "run"
-    processes = ranks_by_hand(corpus, home, 3, "--global-batch-size", "12", "--train-iters", "100000")
+    processes = ranks_by_hand(corpus, home, 3, *THREE, "--train-iters", "100000")
     try:
         wait_for_step(home, 3)
         processes[victim].send_signal(number)
