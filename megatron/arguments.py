@@ -1,7 +1,7 @@
 """From the frozen dataclasses of config.py to flags, and from a command line with recipes to a Config.
 
-A recipe is a command line written in YAML: `lr: 6e-4` is `--lr 6e-4`. Recipes come first, the user's flags
-after them, and the last one wins.
+A recipe is a command line written in YAML: `lr: 6e-4` is `--lr 6e-4`. Recipes come first, then a DeepSpeed
+configuration file, then the user's flags, and the last one wins.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import difflib
 import inspect
 import math
 import re
+import sys
 import types
 import typing
 from collections.abc import Sequence
@@ -23,8 +24,9 @@ from typing import Any, Literal, NoReturn
 import yaml
 
 from megatron import old_flags
-from megatron.config import MODEL_SIZES, Config, Count
+from megatron.config import MODEL_SIZES, Config, Count, ModelConfig
 from megatron.counts import parse_count
+from megatron.deepspeed_config import read_deepspeed_config
 from megatron.errors import CommandLineError, UserError
 
 SECTIONS: dict[str, type] = typing.get_type_hints(Config)
@@ -35,6 +37,7 @@ FIELDS: dict[str, Any] = {
 }
 """Setting -> its type."""
 PRESET_FLAGS = ("num_layers", "hidden_size", "num_attention_heads")
+DEEPSPEED_FLAGS = ("--deepspeed-config", *old_flags.aliases("deepspeed_config"))
 
 
 class Parser(argparse.ArgumentParser):
@@ -182,6 +185,11 @@ def build_parser(prog: str | None = None, description: str | None = None) -> Par
         help="a recipe: flags written in YAML, read before the other flags; may be repeated, the last wins",
     )  # fmt: skip
     parser.add_argument(
+        *DEEPSPEED_FLAGS, metavar="JSON", default=argparse.SUPPRESS,
+        help="a DeepSpeed configuration file: its curriculum_learning block, and what else of it has a counterpart, "
+        "read after the recipes and before the other flags; keys that are ignored are named",
+    )  # fmt: skip
+    parser.add_argument(
         "--unset", action=_Unset, metavar="FLAG", default=argparse.SUPPRESS,
         help="forget what a recipe or an earlier flag has set, as `flag: null` does in a recipe",
     )  # fmt: skip
@@ -238,6 +246,8 @@ def read_recipe(path: Path, within: tuple[Path, ...] = ()) -> list[tuple[Path, l
         values = value if isinstance(value, list) else [value]
         if not all(isinstance(v, str) for v in values):
             raise UserError(f"--config {path}: {key}: expected a value or a list of values, found something nested")
+        if _flag(str(key)) in DEEPSPEED_FLAGS:
+            raise UserError(f"--config {path}: {key}: a recipe cannot name one; give it on the command line")
         if key == "config":
             lines += [line for name in values for line in read_recipe(path.parent / name, (*within, path.resolve()))]
         else:
@@ -269,7 +279,7 @@ def _recipe_entry(path: Path, key: str, value: str | list[str]) -> list[str]:
 
 
 def parse_config(parser: Parser, argv: Sequence[str]) -> tuple[Config, argparse.Namespace]:
-    """Parse recipes, then flags, into a frozen Config; the namespace holds the flags a tool added itself.
+    """Parse recipes, a DeepSpeed file and flags into a frozen Config; the namespace holds flags that a tool added.
 
     Raises:
         CommandLineError: naming the flag, and the recipe where it stands in one.
@@ -283,15 +293,24 @@ def parse_config(parser: Parser, argv: Sequence[str]) -> tuple[Config, argparse.
 def _parse(parser: Parser, argv: Sequence[str]) -> tuple[Config, argparse.Namespace]:
     first = Parser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", action="append", default=[])
-    recipes = first.parse_known_args(list(argv))[0].config
+    first.add_argument(*DEEPSPEED_FLAGS)
+    files = first.parse_known_args(list(argv))[0]
     given = argparse.Namespace()
-    for recipe in recipes:
+    for recipe in files.config:
         for path, words in read_recipe(Path(recipe)):
             try:
                 parser.parse_known(words, given)
             except UserError as error:
                 raise UserError(f"--config {path}: {error}") from None
-    namespace = parser.parse_known(argv, given)
+    if files.deepspeed_config is None:
+        namespace = parser.parse_known(argv, given)
+    else:
+        deepspeed = read_deepspeed_config(Path(files.deepspeed_config))
+        vars(given).update(deepspeed.settings)
+        for note in deepspeed.notes:
+            print(f"note: {note}", file=sys.stderr)
+        namespace = parser.parse_known(argv, given)
+        deepspeed.check_seq_length(getattr(namespace, "seq_length", ModelConfig.seq_length))
     return config_from(vars(namespace)), namespace
 
 

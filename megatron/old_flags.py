@@ -18,6 +18,7 @@ ALIASES: dict[str, list[str]] = {
     "min_loss_scale": ["--min-scale"],
     "tensor_model_parallel_size": ["--model-parallel-size"],
     "optimizer_cpu_offload": ["--cpu-optimizer"],
+    "deepspeed_config": ["--deepspeed_config"],
 }
 """Field -> old spellings with the same meaning."""
 
@@ -34,6 +35,7 @@ IGNORED: dict[str, tuple[int | str, str]] = {
     "--fp16-lm-cross-entropy": (0, "the cross entropy is computed in fp32"),
     "--local_rank": (1, "torchrun says it in the environment"),
     "--distributed-backend": (1, "NCCL serves GPUs, gloo the CPU"),
+    "--deepspeed": (0, "nothing of DeepSpeed is needed"),
     "--fp32-allreduce": (0, "gradients are fp32"),
     "--accumulate-allreduce-grads-in-fp32": (0, "gradients are fp32"),
 }
@@ -50,11 +52,9 @@ ADVICE: dict[str, str] = {
     "--adlr-autoresume": "start the same command again: --load finds the newest checkpoint",
     "--adlr-autoresume-interval": "use --save-interval",
     "--curriculum-learning": "use --seqlen-warmup linear with --seqlen-start and --seqlen-warmup-iters",
-    "--deepspeed": "drop it: nothing of DeepSpeed is needed",
     "--pipeline-model-parallel-size": "there are no pipelines: use --tensor-model-parallel-size, --zero-stage",
     "--use-distributed-optimizer": "use --zero-stage 2, the default",
     "--tokenizer-model": "give --tokenizer-file, or --vocab-file and --merge-file",
-    "--deepspeed_config": "give the schedule as --seqlen-warmup, --seqlen-start and --seqlen-warmup-iters",
     "--deepspeed-activation-checkpointing": "use --recompute-granularity full",
     "--partition-activations": "use --recompute-granularity full",
     "--contigious-checkpointing": "use --recompute-granularity full",

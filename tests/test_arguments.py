@@ -130,7 +130,6 @@ def test_old_no_ops_say_why(capsys):
         (["--train-tokns", "3"], "unknown flag --train-tokns; did you mean --train-tokens?"),
         (["--train-token", "3"], "unknown flag --train-token; did you mean --train-tokens?"),
         (["--batch-size", "4"], "--batch-size is not a flag here: give --micro-batch-size"),
-        (["--deepspeed"], "--deepspeed is not a flag here"),
         (["--lr", "fast", "--train-iters", "1"], "--lr: expected a number, found 'fast'"),
         (["stray"], "unexpected argument 'stray'"),
         (["--train-iters=1", "--global-batch-size=6", "--micro-batch-size=4"], "multiple of --micro-batch-size"),

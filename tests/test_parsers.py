@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import strategies as st
-from made_up import EXAMPLES, NUMBERS, damaged, law, outcome
+from made_up import DEEPSPEED_KEYS, EXAMPLES, NUMBERS, damaged, deepspeed_documents, law, outcome, value_at
 from slow_readers import read_index_slowly, read_line_slowly, read_safetensors_slowly
 
 from megatron.checkpointing.manifest import FileEntry, Manifest, check_sizes, read_manifest
@@ -27,6 +27,7 @@ from megatron.data.indexed_dataset import IndexedDataset
 from megatron.data.indexed_writer import IndexedDatasetWriter, PartWritten
 from megatron.data.resuming import ResumePoint, read_point, write_point
 from megatron.data.sample_index import SampleIndex
+from megatron.deepspeed_config import DeepSpeedConfig, read_deepspeed_config
 from megatron.errors import UserError
 from megatron.instability.summary import read_run, summarise
 from megatron.metrics import read_lines
@@ -296,6 +297,46 @@ def test_point_of_a_preprocessing(examples: int, tmp_path: Path) -> None:
         found = read_point(path, run)
         same = changed.strip(b" \n\r\t") == content.strip()
         assert found == point if same else found in (None, point)  # blanks between the words are no damage
+
+
+# DeepSpeed's JSON
+
+
+@EXAMPLES
+def test_deepspeed_configuration(examples: int, tmp_path: Path) -> None:
+    path, others = tmp_path / "ds.json", st.dictionaries(st.text(max_size=3), st.integers() | st.text(), max_size=2)
+
+    @law(examples, made=deepspeed_documents(), unknown=others)
+    def _(made: tuple[dict[str, object], dict[str, object]], unknown: dict[str, object]) -> None:
+        document, settings = made
+        path.write_text(json.dumps({**unknown, **document}))
+        found = read_deepspeed_config(path)
+        assert {name: found.settings.get(name) for name in settings} == settings
+        assert len(found.notes) == bool(unknown) and "\n" not in "".join(found.notes)
+        assert found.seq_length == value_at(document, "curriculum_learning.max_difficulty")
+
+
+@EXAMPLES
+def test_damaged_deepspeed_configuration(examples: int, tmp_path: Path) -> None:
+    """What is read of it is what it says; what is refused names the file."""
+    path, tutorial = tmp_path / "ds.json", Path(__file__).parents[1] / "recipes/deepspeed-tutorial.json"
+    words = rb'NaN 1e999 -1 0 16 true false, null "x" [] {} [1,2] "fp16":{}, "\n":1, fixed_root fixed_discrete \ud800'
+    puts = st.sampled_from([*words.split(), b"\xef\xbb\xbf", b"[" * 3000, b"9" * 5000, b"9" * 400])
+
+    @law(examples, content=damaged(tutorial.read_bytes(), puts))
+    def _(content: bytes) -> None:
+        path.write_bytes(content)
+        found = outcome(read_deepspeed_config, path)
+        if isinstance(found, UserError):
+            assert str(found).startswith(f"--deepspeed-config {path}: ")
+            return
+        assert isinstance(found, DeepSpeedConfig) and "\n" not in "".join(found.notes)
+        document = json.loads(content.decode("utf-8-sig"))
+        disabled = [name for name in ("fp16", "curriculum_learning") if value_at(document, f"{name}.enabled") is False]
+        for key, setting in DEEPSPEED_KEYS.items():
+            value = value_at(document, key)
+            if value is not None and key.partition(".")[0] not in disabled:
+                assert type(value) is not bool and found.settings[setting] == value, key
 
 
 # Nothing that is read runs code
