@@ -52,9 +52,9 @@ root="$(cd "$(dirname "$0")/.." && pwd)"
 output="${output:-$root/runs/mini-$target}"
 python="${PYTHON:-python3}"
 threads=""
+[ -n "$dry" ] || mkdir -p "$output"
 if [ "$target" = cpu ]; then
     if [ -z "$dry" ]; then
-        mkdir -p "$output"
         [ -n "$data" ] || bash "$root/scripts/prepare_corpus.sh" "$output/corpus"
         source "$root/scripts/environment.sh" base
         python=python
