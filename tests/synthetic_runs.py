@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,24 @@ import numpy as np
 
 from megatron.instability.loss_ratio import LossRatio, PositionMatchedLossRatio
 from megatron.metrics import MetricsLogger
+
+
+def write_losses(
+    directory: Path, losses: Sequence[float], *, tokens: int = 100, seconds: float = 0.5, **more: Sequence[Any]
+) -> Path:
+    """Write a run of a step for each loss and, at every other step, a validation with that loss plus 1.
+
+    A step has `tokens` tokens and takes `seconds` of training; wall time is twice that. `more` are further columns.
+    """
+    with MetricsLogger(directory) as logger:
+        ratio = LossRatio()
+        for t, loss in enumerate(losses, start=1):
+            when = {"iteration": t, "consumed_tokens": tokens * t, "seconds": seconds * t}
+            step = when | {"loss": loss, "loss_ratio": ratio.update(loss), "elapsed_seconds": 2 * seconds * t}
+            logger.log_step(step | {name: values[t - 1] for name, values in more.items()})
+            if t % 2 == 0:
+                logger.log_validation(when | {"loss": loss + 1, "elapsed_seconds": 2 * seconds * t + 0.25})
+    return directory
 
 
 def write_run(

@@ -7,10 +7,12 @@ from pathlib import Path
 import matplotlib.image
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from synthetic_runs import write_run
 
 from megatron.errors import UserError
-from megatron.instability.figures import COLOURS, PANELS, figure_comparison, moving_average
+from megatron.instability.curves import COLOURS, Panel, draw_panel, envelope, moving_average
+from megatron.instability.figures import PANELS, REPORT_FIGURES, figure_comparison, report_svg
 from megatron.instability.summary import Run, read_run
 
 
@@ -50,7 +52,7 @@ def test_units_follow_the_size_of_the_run(runs: list[Run]) -> None:
     axes = figure_comparison(runs, None).axes
     assert axes[0].get_xlabel() == "trained on (M tokens)"
     assert axes[2].get_xlabel() == "training time (seconds)"
-    assert "10^{-3}" in axes[4].get_ylabel()
+    assert axes[4].get_ylabel() == "learning rate (10⁻³)"
 
 
 def test_one_legend_names_each_run_once(runs: list[Run]) -> None:
@@ -83,3 +85,48 @@ def test_moving_average_is_centred_and_skips_holes() -> None:
     values = np.array([1.0, np.nan, 3.0, 5.0, np.inf])
     np.testing.assert_allclose(moving_average(values, 3), [1.0, np.nan, 4.0, 4.0, np.nan])
     np.testing.assert_allclose(moving_average(line, 1), line)
+
+
+def test_envelope_keeps_every_extreme_in_its_place() -> None:
+    random = np.random.default_rng(5)
+    x, y = np.arange(10_000.0), random.normal(size=10_000)
+    y[[777, 5_432]] = 50.0, -40.0
+    y[7_000:7_100] = np.nan
+    thin_x, thin_y = envelope(x, y, 200)
+    assert 150 <= len(thin_x) <= 210 and (np.diff(thin_x) > 0).all()
+    np.testing.assert_array_equal(thin_y, y[thin_x.astype(int)])
+    assert {0, 777, 5_432, 9_999} <= set(thin_x) and np.isnan(thin_y).any()
+    for stretch in np.array_split(np.arange(10_000), 100):
+        inside = np.isin(thin_x, stretch)
+        if not np.isnan(y[stretch]).all():
+            assert np.nanmax(thin_y[inside]) == np.nanmax(y[stretch])
+            assert np.nanmin(thin_y[inside]) == np.nanmin(y[stretch])
+    assert envelope(x, y, 10_000) == (x, y)
+
+
+def test_perplexity_and_the_cross_where_a_run_breaks() -> None:
+    steps = {"iteration": np.arange(1.0, 6.0), "loss": np.array([3.0, 2.0, np.inf, np.nan, 1.0])}
+    run = Run("lost", steps, {"iteration": np.array([2.0, 4.0]), "loss": np.array([1.0, 2.0])})
+    axes = Figure().subplots(2)
+    draw_panel(axes[0], Panel("", "perplexity", "", x="iteration", validation=True), [run])
+    draw_panel(axes[1], Panel("", "loss", "", x="iteration", mark_non_finite=True), [run])
+    (line,) = axes[0].get_lines()
+    np.testing.assert_allclose(line.get_xydata(), [[2, np.e], [4, np.e**2]])
+    crosses = [line for line in axes[1].get_lines() if line.get_marker() == "x"]
+    assert [list(cross.get_xdata()) for cross in crosses] == [[3.0]]
+
+
+def test_names_are_no_formulas(tmp_path: Path) -> None:
+    runs = [Run(name, {"iteration": np.ones(1), "loss": np.ones(1)}, {}) for name in ("a$b$", "$\\oops$", "_x")]
+    (legend,) = figure_comparison(runs, tmp_path / "figure.png").legends
+    assert [text.get_text() for text in legend.get_texts()] == [r"a\$b\$", r"\$\oops\$", "_x"]
+
+
+def test_a_report_of_many_long_runs_is_small() -> None:
+    """The longest figure of 24 runs of 2,000 steps; the report has five and is to stay below 3 MB."""
+    random = np.random.default_rng(1)
+    steps = np.arange(1.0, 2_001.0)
+    names = ("loss", "loss_ratio", "position_matched_loss_ratio")
+    columns = {"iteration": steps, "consumed_tokens": 65_536 * steps}
+    runs = [Run(str(index), columns | {name: 1 + random.random(2_000) for name in names}, {}) for index in range(24)]
+    assert len(report_svg(REPORT_FIGURES[2], runs)) < 1_000_000

@@ -4,52 +4,33 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from synthetic_runs import write_losses
 
 from megatron.errors import UserError
 from megatron.instability import report, summary
 from megatron.instability.report import comparison_table, verdict
-from megatron.instability.summary import pearson, read_run, read_runs, summarise
+from megatron.instability.summary import RatioSummary, RunState, read_run, read_runs, summarise
+from megatron.instability.tables import state_text
 from megatron.metrics import MetricsLogger
 
 ROOT = Path(summary.__file__).parent.parent.parent
 
 
-def write(directory: Path, losses: list[float], *, tokens: int = 100, seconds: float = 0.5, **more: Any) -> Path:
-    """A run of a step for each loss and a validation at every other step."""
-    with MetricsLogger(directory) as logger:
-        best = math.inf
-        for t, loss in enumerate(losses, start=1):
-            entry = {"iteration": t, "consumed_tokens": tokens * t, "seconds": seconds * t, "loss": loss}
-            entry["elapsed_seconds"] = 2 * entry["seconds"]
-            entry["loss_ratio"] = loss / best if best < math.inf else None
-            best = min(best, loss) if math.isfinite(loss) else best
-            entry |= {name: values[t - 1] for name, values in more.items()}
-            logger.log_step(entry)
-            if t % 2 == 0:
-                logger.log_validation(
-                    {
-                        "iteration": t,
-                        "consumed_tokens": tokens * t,
-                        "loss": loss + 1,
-                        "elapsed_seconds": 2 * seconds * t + 0.25,
-                    }
-                )
-    return directory
-
-
 def test_summary_of_a_known_run(tmp_path: Path) -> None:
     run = read_run(
-        write(
+        write_losses(
             tmp_path / "a",
             [4.0, 2.0, 3.2, 2.5, 1.0, 1.1],
             adam_variance_max=[0.1, None, 0.7, 0.2, 0.1, None],
+            adam_variance_norm=[10.0, None, 20.0, 30.0, 20.0, None],
+            adam_momentum_norm=[9.0, 8.0, 7.0, 6.0, 5.0, 4.0],
             clipped=[True, False, True, False, False, False],
             skipped=[False] * 5 + [True],
         )
@@ -59,30 +40,42 @@ def test_summary_of_a_known_run(tmp_path: Path) -> None:
     assert s.tokens_per_second == 200.0
     assert (s.validation_loss, s.best_validation_loss, s.validation_tokens) == (2.1, 2.1, 600)
     assert s.perplexity == math.exp(2.1)
-    assert (s.max_loss_ratio, s.loss_ratio_above_1_2, s.loss_ratio_above_1_5) == (1.6, 2, 1)
-    assert (s.max_adam_variance, s.clipped, s.skipped, s.first_non_finite) == (0.7, 2, 1, None)
-    assert s.max_position_matched_loss_ratio is None
+    assert s.loss_ratio == RatioSummary(1.6, 2, 1, 2 / 6, 1 / 6)
+    assert (s.max_adam_variance, s.max_adam_variance_norm, s.max_adam_momentum_norm) == (0.7, 30.0, 9.0)
+    assert (s.clipped, s.skipped, s.non_finite, s.first_non_finite) == (2, 1, 0, None)
+    assert s.position_matched_loss_ratio == RatioSummary(None, 0, 0, None, None)
+    assert (s.min_step_tokens, s.max_step_tokens, s.state.status) == (100, 100, "running")
+    assert s.smoothed_loss_ratio.max is None  # 600 tokens are less than a window
     assert json.loads(json.dumps(s.to_dict(), allow_nan=False))["steps"] == 6
 
 
+def test_the_test_split_is_read_and_best_and_last_differ(tmp_path: Path) -> None:
+    with MetricsLogger(write_losses(tmp_path, [4.0, 1.0, 3.0, 3.0])) as logger:
+        logger.log_validation({"iteration": 4, "loss": 1.5}, event="test")
+    s = summarise(read_run(tmp_path))
+    assert (s.test_perplexity, s.best_perplexity, s.perplexity) == (math.exp(1.5), math.exp(2.0), math.exp(4.0))
+
+
 def test_a_run_that_diverged(tmp_path: Path) -> None:
-    s = summarise(read_run(write(tmp_path, [4.0, 2.0, math.nan, math.nan])))
-    assert (s.first_non_finite, s.max_loss_ratio, s.loss_ratio_above_1_2) == (3, math.inf, 2)
+    s = summarise(read_run(write_losses(tmp_path, [4.0, 2.0, math.nan, math.nan])))
+    assert (s.first_non_finite, s.non_finite) == (3, 2)
+    assert s.loss_ratio == RatioSummary(math.inf, 2, 2, 0.5, 0.5)
+    assert s.smoothed_loss_ratio.max == math.inf and s.best_perplexity == math.exp(3.0)
     assert s.validation_loss is not None and math.isnan(s.validation_loss)
-    assert json.loads(json.dumps(s.to_dict(), allow_nan=False))["max_loss_ratio"] == "inf"
+    assert json.loads(json.dumps(s.to_dict(), allow_nan=False))["loss_ratio"]["max"] == "inf"
 
 
 def test_columns_are_exact_and_absent_values_are_nan(tmp_path: Path) -> None:
     losses = [1 / 3, 0.1 + 0.2, 1e-12]
-    run = read_run(write(tmp_path, losses, loss_by_position=[{"0-7": 1 / 7}, None, {"0-7": 0.5, "8-15": 2.0}]))
+    run = read_run(write_losses(tmp_path, losses, loss_by_position=[{"0-7": 1 / 7}, None, {"0-7": 0.5, "8-15": 2.0}]))
     assert [x.hex() for x in run.step("loss").tolist()] == [x.hex() for x in losses]
     assert run.step("loss_by_position/0-7")[0] == 1 / 7 and np.isnan(run.step("loss_by_position/8-15")[:2]).all()
     assert np.isnan(run.step("no_such_field")).all() and len(run.step("no_such_field")) == 3
 
 
 def test_a_run_that_goes_on_and_one_that_was_started_over(tmp_path: Path) -> None:
-    write(tmp_path, [4.0, 3.0, 2.0])
-    write(tmp_path, [5.0, 6.0])
+    write_losses(tmp_path, [4.0, 3.0, 2.0])
+    write_losses(tmp_path, [5.0, 6.0])
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"iteration": 3, "los')
     assert read_run(tmp_path).step("loss").tolist() == [5.0, 6.0]
@@ -92,9 +85,6 @@ def test_a_run_that_goes_on_and_one_that_was_started_over(tmp_path: Path) -> Non
 def test_bad_runs_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nothing/metrics\.jsonl: no such file"):
         read_run(tmp_path / "nothing")
-    (tmp_path / "metrics.jsonl").write_text("")
-    with pytest.raises(UserError, match="holds no step yet"):
-        read_run(tmp_path)
     (tmp_path / "metrics.jsonl").write_text('{"iteration": 1, "loss": 2}\n{"iteration": 2, "lo\n{"iteration": 3}\n')
     with pytest.raises(UserError, match=r"metrics\.jsonl:2: "):
         read_run(tmp_path)
@@ -103,9 +93,51 @@ def test_bad_runs_are_named(tmp_path: Path) -> None:
         read_run(tmp_path)
 
 
+def test_a_run_without_a_step_is_summed_up(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("")
+    s = summarise(read_run(tmp_path))
+    assert (s.steps, s.tokens, s.seconds, s.validation_loss, s.loss_ratio.max) == (0, 0, None, None, None)
+    assert "no step yet" in comparison_table([s])
+
+
+def test_state_of_a_run(tmp_path: Path) -> None:
+    log = write_losses(tmp_path, [2.0]) / "metrics.jsonl"
+    os.utime(log, (0, 0))
+    state = read_run(tmp_path).state
+    assert state.status == "running" and state.silent is not None and state.silent > 1e9
+    assert state_text(state).startswith("running or died: log silent for")
+    assert state_text(RunState("running", silent=3.0)) == "running"
+    (tmp_path / "exit.json").write_text('{"status": "stopped", "iteration": 1, "reason": "SIGTERM"}\n')
+    assert read_run(log).state == RunState("stopped", "SIGTERM")
+    assert state_text(RunState("stopped", "SIGTERM")) == "stopped (SIGTERM)"
+    (tmp_path / "exit.json").write_text('{"status": "finished", "iteration": 1, "reason": null}\n')
+    assert read_run(tmp_path).state == RunState("finished")
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"status": "gone", "reason": null}', '{"status": "stopped", "reason": 1}']
+)
+def test_an_exit_that_is_none_is_named(tmp_path: Path, content: str) -> None:
+    write_losses(tmp_path, [2.0])
+    (tmp_path / "exit.json").write_text(content)
+    with pytest.raises(
+        UserError, match=r'exit\.json: expected \{"status": "finished" or "stopped", .*found .*; delete it$'
+    ):
+        read_run(tmp_path)
+
+
+def test_tokens_of_a_step(tmp_path: Path) -> None:
+    """Of a log that begins later too, as where a run goes on from another's checkpoint."""
+    schedule = {"seqlen": [8, 16, 16], "global_batch_size": [2, 2, 4]}
+    write_losses(tmp_path / "a", [3.0, 2.0, 1.0], consumed_tokens=[16, 48, 112], **schedule)
+    write_losses(tmp_path / "b", [3.0, 2.0, 1.0], iteration=[7, 8, 9], consumed_tokens=[916, 948, 1012], **schedule)
+    for name in ("a", "b"):
+        assert read_run(tmp_path / name).step_tokens().tolist() == [16, 32, 64]
+
+
 def test_runs_get_names_that_differ(tmp_path: Path) -> None:
     for name in ("lr1/slw", "lr2/slw", "lr2/base"):
-        write(tmp_path / name, [2.0])
+        write_losses(tmp_path / name, [2.0])
     paths = [str(tmp_path / name) for name in ("lr1/slw", "lr2/slw", "lr2/base")]
     assert [run.name for run in read_runs(paths)] == ["lr1/slw", "lr2/slw", "lr2/base"]
     assert [run.name for run in read_runs(paths[1:])] == ["slw", "base"]
@@ -114,20 +146,8 @@ def test_runs_get_names_that_differ(tmp_path: Path) -> None:
         read_runs([paths[0], paths[0]])
 
 
-def test_pearson_against_numpy_and_planted_values() -> None:
-    random = np.random.default_rng(3)
-    x, y = random.normal(size=500), random.normal(size=500)
-    y += 0.4 * x
-    assert pearson(x, y) == pytest.approx(np.corrcoef(x, y)[0, 1], abs=1e-12)
-    holes = x.copy()
-    holes[::7] = np.nan
-    assert pearson(holes, y) == pytest.approx(np.corrcoef(x[np.isfinite(holes)], y[np.isfinite(holes)])[0, 1])
-    assert pearson(x, -2 * x + 1) == pytest.approx(-1.0)
-    assert pearson(x, np.ones(500)) is None and pearson(x[:2], y[:2]) is None
-
-
 def test_table_is_aligned_and_markdown(tmp_path: Path) -> None:
-    runs = [read_run(write(tmp_path / name, [3.0, 2.0])) for name in ("baseline", "a-longer-name")]
+    runs = [read_run(write_losses(tmp_path / name, [3.0, 2.0])) for name in ("baseline", "a-longer-name")]
     summaries = [summarise(run) for run in runs]
     lines = comparison_table(summaries).splitlines()
     assert len({len(line) for line in lines}) == 1 and len(lines) == len(report.ROWS) + 2
@@ -139,8 +159,8 @@ def test_table_is_aligned_and_markdown(tmp_path: Path) -> None:
 @pytest.mark.parametrize("slw_wins", [True, False])
 def test_verdict_names_whichever_wins(tmp_path: Path, slw_wins: bool) -> None:
     good, bad = [4.0, 2.0], [4.0, 2.5]
-    write(tmp_path / "base", bad if slw_wins else good, seconds=0.5)
-    write(tmp_path / "slw", good if slw_wins else bad, seconds=0.4 if slw_wins else 0.6)
+    write_losses(tmp_path / "base", bad if slw_wins else good, seconds=0.5)
+    write_losses(tmp_path / "slw", good if slw_wins else bad, seconds=0.4 if slw_wins else 0.6)
     text = verdict(read_runs([str(tmp_path / "base"), str(tmp_path / "slw")]))
     winner = "slw" if slw_wins else "base"
     assert f"{winner} has the lower validation loss at 200 tokens: 3.0000 against 3.5000 (0.5000 lower)" in text
@@ -150,33 +170,35 @@ def test_verdict_names_whichever_wins(tmp_path: Path, slw_wins: bool) -> None:
 
 def test_verdict_compares_at_equal_tokens(tmp_path: Path) -> None:
     """The second run is half as long: the first is read off where the second ends."""
-    write(tmp_path / "base", [4.0, 4.0, 3.0, 3.0, 2.0, 2.0, 1.0, 1.0])
-    write(tmp_path / "slw", [4.0, 4.0, 3.0, 2.5])
+    write_losses(tmp_path / "base", [4.0, 4.0, 3.0, 3.0, 2.0, 2.0, 1.0, 1.0])
+    write_losses(tmp_path / "slw", [4.0, 4.0, 3.0, 2.5])
     text = verdict(read_runs([str(tmp_path / "base"), str(tmp_path / "slw")]))
     assert "slw has the lower validation loss at 400 tokens: 3.5000 against 4.0000" in text
     assert "Both took about 00:02 to train on 400 tokens" in text
 
 
 def test_verdict_of_a_diverged_run(tmp_path: Path) -> None:
-    write(tmp_path / "base", [4.0, math.nan])
-    write(tmp_path / "slw", [4.0, 3.0])
+    write_losses(tmp_path / "base", [4.0, math.nan])
+    write_losses(tmp_path / "slw", [4.0, 3.0])
     text = verdict(read_runs([str(tmp_path / "base"), str(tmp_path / "slw")]))
     assert "base diverged; slw has validation loss 4.0000 at 200 tokens." in text
 
 
 def test_tool_from_another_directory(tmp_path: Path) -> None:
-    write(tmp_path / "base", [4.0, 2.0])
-    write(tmp_path / "slw", [4.0, 3.0])
+    write_losses(tmp_path / "base", [4.0, 2.0])
+    write_losses(tmp_path / "slw", [4.0, 3.0])
 
     def tool(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, str(ROOT / "tools" / "compare_runs.py"), *arguments]
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
 
-    result = tool("base", "slw", "--json", "--output", "figures/c.png")
+    result = tool("base", "slw", "--json", "--output", "figures/c.png", "--html", "reports/r.html")
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
     assert [run["name"] for run in found["runs"]] == ["base", "slw"]
+    assert [target["label"] for target in found["targets"]] == ["best of base"] and found["groups"] == []
     assert (tmp_path / "figures" / "c.png").stat().st_size > 10_000
+    assert (tmp_path / "reports" / "r.html").read_text().startswith("<!DOCTYPE html>")
     missing = tool("base", "gone")
     assert missing.returncode == 1 and missing.stderr.startswith("error: gone/metrics.jsonl")
     assert missing.stderr.count("\n") == 1

@@ -1,12 +1,12 @@
-"""Figures of runs side by side, drawn from their logs."""
+"""Figures of runs side by side, drawn from their logs: one PNG, and the SVGs of a report."""
 
 from __future__ import annotations
 
-import math
+import io
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import numpy as np
@@ -15,80 +15,45 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from megatron.errors import UserError
+from megatron.instability.curves import (
+    COLOURS,
+    EDGE,
+    FAINT,
+    GRID,
+    INK,
+    SMOOTHING,
+    STYLE,
+    TICK,
+    Panel,
+    colour_of,
+    dashes_of,
+    draw_panel,
+    marker_of,
+    moving_average,
+)
 from megatron.instability.loss_ratio import SPIKE
-from megatron.instability.summary import FloatArray, Run
+from megatron.instability.summary import Run
 
-COLOURS = ("#004488", "#E8A317", "#BB5566", "#000000", "#66AACC", "#777777")
-"""By order of the runs. The first three differ in lightness too: they stay apart in grey and to colour-blind eyes."""
-MARKERS = ("o", "s", "^", "D", "v", "P")
-SMOOTHING = 0.02
-"""Smoothed lines average over this share of a run's steps, half before and half after."""
-
-STYLE: dict[Any, Any] = {
-    "font.family": "sans-serif",
-    "font.size": 8,
-    "axes.titlesize": 9,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.labelsize": 8,
-    "axes.labelcolor": "#333333",
-    "axes.edgecolor": "#888888",
-    "axes.linewidth": 0.6,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#E6E6E6",
-    "grid.linewidth": 0.6,
-    "xtick.color": "#555555",
-    "ytick.color": "#555555",
-    "xtick.labelsize": 7.5,
-    "ytick.labelsize": 7.5,
-    "lines.linewidth": 1.5,
-    "lines.solid_capstyle": "round",
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-    "figure.facecolor": "white",
-}
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One plot: what is on its axes and how it is drawn."""
-
-    title: str
-    y: str
-    """Column of the log."""
-    label: str
-    """Label of the y-axis, with its unit."""
-    x: str = "consumed_tokens"
-    validation: bool = False
-    """Take the validations' columns, not the steps'."""
-    smooth: bool = False
-    """Draw the values light and their moving average on top."""
-    thin: bool = False
-    """A thin line, for values that jump from step to step."""
-    log: bool = False
-    """Logarithmic y-axis."""
-    threshold: float | None = None
-    """A dashed horizontal line here."""
-
+TRAINING_LOSS = Panel("Training loss at the step's length", "loss", "loss (nats/token)", smooth=True)
+SEQUENCE_LENGTH = Panel("Sequence length", "seqlen", "tokens", from_zero=True)
+LEARNING_RATE = Panel("Learning rate", "lr", "learning rate", from_zero=True)
+LOSS_RATIO = Panel("Loss ratio, all positions", "loss_ratio", "ratio to best so far", thin=True, threshold=SPIKE)
+MATCHED_RATIO = replace(LOSS_RATIO, title="Loss ratio, same positions", y="position_matched_loss_ratio")
+VARIANCE_NORM = Panel("Adam variance, norm", "adam_variance_norm", "‖√v‖₁", log=True)
+VARIANCE_MAX = Panel("Adam variance, largest element", "adam_variance_max", "max √v", thin=True, log=True)
 
 PANELS = (
-    Panel("Training loss at the step's length", "loss", "loss (nats/token)", smooth=True),
+    TRAINING_LOSS,
     Panel("Validation loss by tokens", "loss", "loss (nats/token)", validation=True),
     Panel("Validation loss by time", "loss", "loss (nats/token)", x="seconds", validation=True),
-    Panel("Sequence length", "seqlen", "tokens"),
-    Panel("Learning rate", "lr", "learning rate"),
-    Panel("Loss ratio, all positions", "loss_ratio", "ratio to best so far", thin=True, threshold=SPIKE),
-    Panel("Adam variance, norm", "adam_variance_norm", r"$\Vert\sqrt{v}\,\Vert_1$", log=True),
-    Panel("Adam variance, largest element", "adam_variance_max", r"$\max\,\sqrt{v}$", thin=True, log=True),
-    Panel(
-        "Loss ratio, same positions", "position_matched_loss_ratio", "ratio to best so far", thin=True, threshold=SPIKE
-    ),
+    SEQUENCE_LENGTH,
+    LEARNING_RATE,
+    LOSS_RATIO,
+    VARIANCE_NORM,
+    VARIANCE_MAX,
+    MATCHED_RATIO,
 )
 
 
@@ -100,95 +65,120 @@ def figure_comparison(runs: Sequence[Run], path: Path | str | None) -> Figure:
     """
     with matplotlib.rc_context(STYLE):
         spacing = ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.05, wspace=0.02, hspace=0.03)
-        figure = Figure(figsize=(9, 7.4), layout=spacing)
+        figure = Figure(figsize=(9, 7.4 + 0.2 * ((len(runs) - 1) // 4)), layout=spacing)
         FigureCanvasAgg(figure)
         axes = figure.subplots(3, 3)
         for axis, panel in zip(axes.flat, PANELS, strict=True):
-            _draw(axis, panel, runs)
+            draw_panel(axis, panel, runs)
         _share_loss_range(axes[0], runs)
-        _share_ratio_range(axes[1][2], axes[2][2])
+        _share_range(axes[1][2], axes[2][2])
         figure.legend(handles=_legend(runs), loc="outside upper center", ncols=min(len(runs), 4), handlelength=2.4)
         if path is not None:
             _save(figure, Path(path))
     return figure
 
 
-def moving_average(values: FloatArray, window: int) -> FloatArray:
-    """Mean over `window` values centred on each, fewer at both ends; NaN and infinities are left out of it."""
-    finite = np.isfinite(values)
-    sums = np.concatenate(([0.0], np.cumsum(np.where(finite, values, 0.0))))
-    counts = np.concatenate(([0], np.cumsum(finite)))
-    index = np.arange(len(values))
-    # As far to the left as to the right, so that a steep curve is not bent at its ends.
-    reach = np.minimum(np.minimum(window // 2, index), len(values) - 1 - index)
-    low, high = index - reach, index + reach + 1
-    total, count = sums[high] - sums[low], counts[high] - counts[low]
-    return np.where(finite, total / np.maximum(count, 1), np.nan)
+@dataclass(frozen=True)
+class ReportFigure:
+    """A figure of a report: a row of panels for each of `panels`, a column for each x-axis."""
+
+    title: str
+    caption: str
+    panels: tuple[Panel, ...]
+    x: tuple[str, ...] = ("iteration", "consumed_tokens")
+    """Columns of the log, one an x-axis."""
+
+    @property
+    def columns(self) -> int:
+        """Panels side by side."""
+        return min(2, len(self.x))
 
 
-def _draw(axis: Axes, panel: Panel, runs: Sequence[Run]) -> None:
-    x_scale, x_label = _x_axis(panel.x, runs)
-    y_scale, y_label = _learning_rate_axis(runs) if panel.y == "lr" else (1.0, panel.label)
-    seen = False
-    for index, run in enumerate(runs):
-        column = run.validation if panel.validation else run.step
-        x, y = column(panel.x) / x_scale, column(panel.y) / y_scale
-        known = np.isfinite(x) & ~np.isnan(y)
-        x, y = x[known], np.where(np.isfinite(y[known]), y[known], np.nan)
-        if not len(x):
-            continue
-        seen = True
-        colour, order = COLOURS[index % len(COLOURS)], 3 + index
-        width = max(1.2, 2.4 - 1.1 * index)  # where lines coincide, the earlier run shows on both sides of the later
-        if panel.smooth:
-            axis.plot(x, y, color=colour, alpha=0.22, linewidth=0.6, zorder=2)
-            y = moving_average(y, max(1, round(SMOOTHING * len(y))))
-        if panel.validation:
-            marker, size = MARKERS[index % len(MARKERS)], 4.6 if index == 0 else 3.0
-            axis.plot(x, y, color=colour, marker=marker, markersize=size, linewidth=width, zorder=order, label=run.name)
-        else:
-            axis.plot(x, y, color=colour, linewidth=0.8 if panel.thin else width, zorder=order, label=run.name)
-    if panel.threshold is not None and seen:
-        axis.axhline(panel.threshold, color="#555555", linewidth=0.8, linestyle=(0, (4, 3)), zorder=10)
-    if not seen:
-        axis.text(0.5, 0.5, "not in the logs", transform=axis.transAxes, ha="center", va="center", color="#777777")
-    elif panel.log:
-        _log_axis(axis)
-    axis.set(title=panel.title, ylabel=y_label, xlabel=x_label)
-    axis.set_xlim(left=0)
-    if panel.y in {"seqlen", "lr"}:
-        axis.set_ylim(bottom=0)
+_RATIO = replace(LOSS_RATIO, mark_non_finite=True)
+REPORT_FIGURES = (
+    ReportFigure(
+        "Validation perplexity",
+        "At full length, by steps, tokens, and time without and with evaluation (as Figures 4(a), 4(b), 5).",
+        (Panel("", "perplexity", "validation perplexity", validation=True, log=True),),
+        ("iteration", "consumed_tokens", "seconds", "elapsed_seconds"),
+    ),
+    ReportFigure(
+        "Training loss",
+        "At the step's own length: light every step, on top the moving average over 2% of the steps; a cross where a "
+        "loss was first not finite (Figures 1(a) and 1(b)).",
+        (replace(TRAINING_LOSS, title="", label="training loss (nats/token)", log=True, mark_non_finite=True),),
+    ),
+    ReportFigure(
+        "Loss ratio",
+        "The step's loss over the best so far: over all positions, as in the paper; at the same positions; and of the "
+        "moving average over 65,536 tokens. Dashed: 1.2.",
+        (
+            replace(_RATIO, title="All positions"),
+            replace(_RATIO, title="Same positions", y="position_matched_loss_ratio"),
+            replace(_RATIO, title="Smoothed", y="smoothed_loss_ratio"),
+        ),
+    ),
+    ReportFigure(
+        "Adam's state",
+        "l1 norm and largest element of √v, and l1 norm of the momentum (Figures 4(c), 4(d) and 7(b)).",
+        (
+            replace(VARIANCE_NORM, title="Variance, norm"),
+            replace(VARIANCE_MAX, title="Variance, largest element"),
+            Panel("Momentum, norm", "adam_momentum_norm", "‖m‖₁", log=True),
+        ),
+    ),
+    ReportFigure(
+        "Schedules",
+        "What each step used.",
+        (
+            replace(SEQUENCE_LENGTH, label="length (tokens)"),
+            Panel("Batch size", "global_batch_size", "sequences", from_zero=True),
+            LEARNING_RATE,
+        ),
+    ),
+)
+CURVE_POINTS = 600
+"""Points of a curve in a report, two for every point (1/72 inch) that a panel is wide."""
+PANEL_POINTS = 7200
+"""Points of all curves of a panel together: many runs share them, so that a report stays small."""
+
+THEME = {INK: "ink", EDGE: "edge", GRID: "grid", TICK: "tick", FAINT: "faint"} | {
+    colour: f"run{index}" for index, colour in enumerate(COLOURS)
+}
+"""Colour in a figure -> name of the CSS property that stands for it in a report, which has a light and a dark one."""
 
 
-def _x_axis(name: str, runs: Sequence[Run]) -> tuple[float, str]:
-    """Divisor and label of the x-axis: the unit that keeps the largest run at 1 to 1000 or so."""
-    largest = max((float(np.nanmax(v)) for run in runs if np.isfinite(v := run.step(name)).any()), default=1.0)
-    if name == "seconds":
-        for scale, unit in ((3600.0, "hours"), (60.0, "minutes")):
-            if largest > 2 * scale:
-                return scale, f"training time ({unit})"
-        return 1.0, "training time (seconds)"
-    for scale, unit in ((1e9, "B tokens"), (1e6, "M tokens"), (1e3, "K tokens")):
-        if largest >= scale:
-            return scale, f"trained on ({unit})"
-    return 1.0, "trained on (tokens)"
+def report_svg(description: ReportFigure, runs: Sequence[Run]) -> str:
+    """An <svg> element to stand in HTML: text as text, colours as the CSS properties of `THEME`, no outward link."""
+    panels = [replace(panel, x=x) for panel in description.panels for x in description.x]
+    rows, columns = -(-len(panels) // description.columns), description.columns
+    points = max(100, min(CURVE_POINTS, PANEL_POINTS // len(runs)))
+    with matplotlib.rc_context({**STYLE, "svg.fonttype": "none", "svg.hashsalt": description.title}):
+        spacing = ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.05, wspace=0.03, hspace=0.04)
+        figure = Figure(figsize=(4.3 * columns, 2.4 * rows + 0.1), layout=spacing)
+        axes = figure.subplots(rows, columns, squeeze=False, sharey="row")
+        for axis, panel in zip(axes.flat, panels, strict=True):
+            draw_panel(axis, panel, runs, points=points)
+        for axis in axes[:, 1:].flat:
+            axis.set_ylabel("")  # the left one's, as its range is
+        output = io.StringIO()
+        figure.savefig(output, format="svg", transparent=True, metadata={"Date": None})
+    return _inline(output.getvalue(), description.title)
 
 
-def _learning_rate_axis(runs: Sequence[Run]) -> tuple[float, str]:
-    """Divisor and label of the y-axis: the power of ten stands in the label, not above the axis."""
-    largest = max((float(np.nanmax(v)) for run in runs if np.isfinite(v := run.step("lr")).any()), default=1.0)
-    exponent = math.floor(math.log10(largest)) if largest > 0 else 0
-    return 10.0**exponent, f"learning rate ($10^{{{exponent}}}$)" if exponent else "learning rate"
-
-
-def _log_axis(axis: Axes) -> None:
-    """Logarithmic, with ticks at 1, 2 and 5 written out: most runs span less than a power of ten."""
-    axis.set_yscale("log")
-    low, high = axis.get_ylim()
-    fine = (1.0, 2.0, 5.0) if high > 12 * low else (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
-    axis.yaxis.set_major_locator(LogLocator(subs=fine if high < 1000 * low else (1.0,)))
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}" if value >= 1e-4 else f"{value:.0e}"))
-    axis.yaxis.set_minor_formatter(NullFormatter())
+def _inline(svg: str, label: str) -> str:
+    """What matplotlib wrote, made fit to stand inside a page."""
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    svg = re.sub(r"<svg [^>]*?(viewBox=\"[^\"]*\")[^>]*>", rf'<svg \1 role="img" aria-label="{label}">', svg, count=1)
+    svg = re.sub(
+        r'<g id="[^"]*">', "<g>", svg
+    )  # ids of groups repeat from figure to figure, and nothing refers to them
+    svg = svg.replace("xlink:href", "href")  # the prefix is declared in what was cut off
+    # A tenth of a point is finer than a screen, and half the bytes.
+    svg = re.sub(r'(?<= d=")[^"]*', lambda path: re.sub(r"(\.\d)\d+", r"\1", path[0]), svg)
+    svg = re.sub(r"'DejaVu Sans'[^;\"]*", "system-ui, sans-serif", svg)
+    themed = {colour.lower(): f"var(--{name})" for colour, name in THEME.items()}
+    return re.sub(r"#[0-9a-f]{6}\b", lambda colour: themed.get(colour[0], colour[0]), svg).strip()
 
 
 def _share_loss_range(axes: Sequence[Axes], runs: Sequence[Run]) -> None:
@@ -210,8 +200,8 @@ def _share_loss_range(axes: Sequence[Axes], runs: Sequence[Run]) -> None:
             axis.set_ylim(low - 0.05 * (high - low), high + 0.08 * (high - low))
 
 
-def _share_ratio_range(*axes: Axes) -> None:
-    """One range for both loss ratios, so that they can be compared by eye."""
+def _share_range(*axes: Axes) -> None:
+    """One range for several panels, so that they can be compared by eye."""
     drawn = [axis.get_ylim() for axis in axes if axis.get_lines()]
     if drawn:
         for axis in axes:
@@ -220,8 +210,16 @@ def _share_ratio_range(*axes: Axes) -> None:
 
 def _legend(runs: Sequence[Run]) -> list[Line2D]:
     return [
-        Line2D([], [], color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)], markersize=4, label=run.name)
-        for i, run in enumerate(runs)
+        Line2D(
+            [],
+            [],
+            color=colour_of(index),
+            linestyle=dashes_of(index),
+            marker=marker_of(index),
+            markersize=4,
+            label=run.name.replace("$", r"\$"),  # $...$ would be read as a formula
+        )
+        for index, run in enumerate(runs)
     ]
 
 

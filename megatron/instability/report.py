@@ -6,32 +6,26 @@ from collections.abc import Callable, Sequence
 
 from megatron.console import format_count, format_duration
 from megatron.instability.summary import Run, RunSummary, summarise
+from megatron.instability.tables import ABSENT, duration, number
 
 EQUAL_TOKENS = 0.01
 """Runs whose last validations lie within this share of each other are compared there, at their ends."""
-ABSENT = "-"
-
-
-def _text(style: str) -> Callable[[float | None], str]:
-    return lambda value: ABSENT if value is None else format(value, style)
-
-
-def _duration(seconds: float | None) -> str:
-    return ABSENT if seconds is None else format_duration(seconds)
-
 
 ROWS: tuple[tuple[str, Callable[[RunSummary], str]], ...] = (
+    ("state", lambda s: s.state.status if s.steps else "no step yet"),
     ("steps", lambda s: f"{s.steps:,}"),
     ("tokens", lambda s: format_count(s.tokens)),
-    ("wall time", lambda s: _duration(s.elapsed)),
-    ("wall time without evaluation", lambda s: _duration(s.seconds)),
+    ("wall time", lambda s: duration(s.elapsed)),
+    ("wall time without evaluation", lambda s: duration(s.seconds)),
     ("tokens/s", lambda s: ABSENT if s.tokens_per_second is None else format_count(s.tokens_per_second)),
-    ("validation loss", lambda s: _text(".4f")(s.validation_loss)),
-    ("validation perplexity", lambda s: _text(",.2f")(s.perplexity)),
-    ("largest loss ratio", lambda s: _text(".3f")(s.max_loss_ratio)),
-    ("steps with loss ratio > 1.2", lambda s: f"{s.loss_ratio_above_1_2:,}"),
-    ("largest ratio at same positions", lambda s: _text(".3f")(s.max_position_matched_loss_ratio)),
-    ("largest variance element", lambda s: _text(".3g")(s.max_adam_variance)),
+    ("validation loss", lambda s: number(s.validation_loss, ".4f")),
+    ("validation perplexity", lambda s: number(s.perplexity, ",.2f")),
+    ("best validation perplexity", lambda s: number(s.best_perplexity, ",.2f")),
+    ("largest loss ratio", lambda s: number(s.loss_ratio.max, ".3f")),
+    ("steps with loss ratio > 1.2", lambda s: f"{s.loss_ratio.above_1_2:,}"),
+    ("largest ratio at same positions", lambda s: number(s.position_matched_loss_ratio.max, ".3f")),
+    ("largest smoothed ratio", lambda s: number(s.smoothed_loss_ratio.max, ".3f")),
+    ("largest variance element", lambda s: number(s.max_adam_variance, ".3g")),
     ("clipped steps", lambda s: f"{s.clipped:,}"),
     ("skipped steps", lambda s: f"{s.skipped:,}"),
 )
@@ -66,7 +60,7 @@ def verdict(runs: Sequence[Run]) -> str:
         return ""
     first, *others = runs
     lines = [f"{_loss_sentence(first, other)} {_time_sentence(first, other)}" for other in others]
-    return "\n".join([*lines, "One run each: other seeds will differ, so a small gap says little."])
+    return "\n".join([*lines, "These are single runs: other seeds will differ, so a small gap says little."])
 
 
 def _loss_sentence(first: Run, other: Run) -> str:

@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
+import json
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from megatron.errors import UserError
+from megatron.files import file_errors
 from megatron.instability.loss_ratio import LARGE_SPIKE, SPIKE
+from megatron.instability.statistics import Correlation, FloatArray, pearson, smoothed_loss_ratio
 from megatron.metrics import METRICS_FILE, json_safe, read_lines
 
-FloatArray = NDArray[np.float64]
+EXIT_FILE = "exit.json"
+"""Beside the log, where a run has ended in order: {"status": "finished" or "stopped", "iteration", "reason"}."""
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Whether a run goes on."""
+
+    status: Literal["finished", "stopped", "running"]
+    """Running: it has not ended in order, so that it goes on or has died; `silent` tells which is likely."""
+    reason: str | None = None
+    """Why it was stopped."""
+    silent: float | None = None
+    """Seconds since a running one last wrote to its log."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +46,9 @@ class Run:
     """Field -> one value a validation."""
     path: Path | None = field(default=None)
     """The file it was read from."""
+    tests: dict[str, FloatArray] = field(default_factory=dict)
+    """Field -> one value an evaluation on the test split."""
+    state: RunState = RunState("finished")
 
     @property
     def step_count(self) -> int:
@@ -44,6 +63,16 @@ class Run:
         """Column `name` of the validations, all NaN if the log has no such field."""
         return self.validations.get(name, np.full(len(self.validations.get("iteration", ())), np.nan))
 
+    def step_tokens(self) -> FloatArray:
+        """Tokens trained on in each step; NaN where the log does not say."""
+        counts, first = self.step("consumed_tokens"), self.step("iteration")[:1] == 1
+        before = counts - self.step("seqlen") * self.step("global_batch_size")
+        return np.diff(counts, prepend=np.where(first, 0.0, before[:1]))
+
+    def smoothed_loss_ratio(self) -> FloatArray:
+        """`statistics.smoothed_loss_ratio` of the steps."""
+        return smoothed_loss_ratio(self.step("loss"), self.step_tokens())
+
     def validation_loss_at(self, tokens: float) -> float | None:
         """Validation loss at `tokens`, linear between validations; None outside of what was validated."""
         counts, losses = self.validation("consumed_tokens"), self.validation("loss")
@@ -55,9 +84,9 @@ class Run:
 
 
 def read_run(directory: Path | str, *, name: str | None = None) -> Run:
-    """Read a run directory (or a metrics.jsonl itself), also while the run goes on.
+    """Read a run directory (or a metrics.jsonl itself), also while the run goes on; it may have no step yet.
 
-    Raises UserError for a missing or empty log and, with file:line, for a broken line.
+    Raises UserError for a missing log, with file:line for a broken line, and for an exit.json that is not one.
     """
     path = Path(directory)
     if path.is_dir() or path.suffix != ".jsonl":
@@ -66,17 +95,23 @@ def read_run(directory: Path | str, *, name: str | None = None) -> Run:
         raise UserError(f"{path}: no such file; expected the --save directory of a run")
     steps: list[dict[str, Any]] = []
     validations: list[dict[str, Any]] = []
+    tests: list[dict[str, Any]] = []
     for _, entry in read_lines(path):
         event = entry.get("event", "step")
-        column = {"step": steps, "validation": validations}.get(event)
+        column = {"step": steps, "validation": validations, "test": tests}.get(event)
         if column is not None:
             # A run started over in the same directory goes back: what it does again replaces what was there.
             while column and column[-1]["iteration"] >= entry["iteration"]:
                 column.pop()
             column.append(entry)
-    if not steps:
-        raise UserError(f"{path}: holds no step yet; start the run, or wait for its first step")
-    return Run(name or path.resolve().parent.name, _columns(path, steps), _columns(path, validations), path)
+    return Run(
+        name or path.resolve().parent.name,
+        _columns(path, steps),
+        _columns(path, validations),
+        path,
+        _columns(path, tests),
+        _state(path),
+    )
 
 
 def read_runs(arguments: Sequence[str]) -> list[Run]:
@@ -102,13 +137,37 @@ def _split_name(argument: str) -> tuple[str, str]:
 
 
 @dataclass(frozen=True)
+class RatioSummary:
+    """A kind of loss ratio over a run. A step whose loss is not finite lies above every threshold."""
+
+    max: float | None
+    """The largest; infinite where a loss was not finite, None where there is no ratio."""
+    above_1_2: int
+    """Steps above 1.2."""
+    above_1_5: int
+    """Steps above 1.5."""
+    share_above_1_2: float | None
+    """Of the steps in the log, 0 to 1."""
+    share_above_1_5: float | None
+
+
+@dataclass(frozen=True)
 class RunSummary:
     """A run in numbers. None: not in the log."""
 
     name: str
+    state: RunState
     steps: int
     tokens: int
     """Tokens trained on."""
+    min_step_tokens: float | None
+    """Tokens of the smallest step."""
+    max_step_tokens: float | None
+    seq_length: float | None
+    """The longest length that a step had."""
+    global_batch_size: float | None
+    """The largest batch that a step had, sequences."""
+    peak_lr: float | None
     seconds: float | None
     """Training time without evaluation."""
     elapsed: float | None
@@ -122,26 +181,32 @@ class RunSummary:
     perplexity: float | None
     """exp(validation_loss)."""
     best_validation_loss: float | None
-    max_loss_ratio: float | None
-    """Largest loss ratio (Li et al. 2022); infinite where a loss was not finite."""
-    loss_ratio_above_1_2: int
-    """Steps with a loss ratio above 1.2."""
-    loss_ratio_above_1_5: int
-    """Steps with a loss ratio above 1.5."""
-    max_position_matched_loss_ratio: float | None
-    position_matched_above_1_2: int
+    best_perplexity: float | None
+    """exp(best_validation_loss)."""
+    test_perplexity: float | None
+    """On the test split, of the last evaluation there."""
+    loss_ratio: RatioSummary
+    """Of Li et al. 2022."""
+    position_matched_loss_ratio: RatioSummary
+    smoothed_loss_ratio: RatioSummary
+    max_adam_variance_norm: float | None
+    """Largest l1 norm of sqrt(exp_avg_sq) over the run."""
     max_adam_variance: float | None
     """Largest element of sqrt(exp_avg_sq) over the run."""
+    max_adam_momentum_norm: float | None
+    """Largest l1 norm of exp_avg over the run."""
     clipped: int
     """Steps whose gradient was clipped."""
     skipped: int
     """Steps skipped for a gradient that was not finite."""
+    non_finite: int
+    """Steps with a loss of NaN or infinity."""
     first_non_finite: int | None
     """First iteration with a loss of NaN or infinity."""
-    variance_norm_correlation: float | None
-    """Pearson r of loss ratio and l1 norm of sqrt(exp_avg_sq)."""
-    variance_max_correlation: float | None
-    """Pearson r of loss ratio and largest element of sqrt(exp_avg_sq)."""
+    variance_norm_correlation: Correlation | None
+    """Pearson's r of loss ratio and l1 norm of sqrt(exp_avg_sq)."""
+    variance_max_correlation: Correlation | None
+    """Pearson's r of loss ratio and largest element of sqrt(exp_avg_sq)."""
 
     def to_dict(self) -> dict[str, Any]:
         """Values that JSON can hold."""
@@ -153,43 +218,50 @@ def summarise(run: Run) -> RunSummary:
     tokens = int(_last(run.step("consumed_tokens")) or 0)
     seconds = _last(run.step("seconds"))
     broken = run.step("iteration")[~np.isfinite(run.step("loss"))]
-    ratio, matched = _ratios(run, "loss_ratio"), _ratios(run, "position_matched_loss_ratio")
+    ratio = _ratios(run, "loss_ratio")
     losses = run.validation("loss")
-    loss = _last(losses, finite=False)
+    loss, best = _last(losses, finite=False), _reduce(np.min, losses)
+    test_loss = _last(run.tests.get("loss", np.empty(0)), finite=False)
     validated = _last(run.validation("consumed_tokens"))
     return RunSummary(
         name=run.name,
+        state=run.state,
         steps=int(_last(run.step("iteration")) or 0),
         tokens=tokens,
+        min_step_tokens=_reduce(np.min, run.step_tokens()),
+        max_step_tokens=_reduce(np.max, run.step_tokens()),
+        seq_length=_reduce(np.max, run.step("seqlen")),
+        global_batch_size=_reduce(np.max, run.step("global_batch_size")),
+        peak_lr=_reduce(np.max, run.step("lr")),
         seconds=seconds,
         elapsed=_wall_time(run),
         tokens_per_second=tokens / seconds if seconds else None,
         validation_tokens=None if validated is None else int(validated),
         validation_loss=loss,
-        perplexity=None if loss is None else _perplexity(loss),
-        best_validation_loss=_reduce(np.min, losses),
-        max_loss_ratio=_reduce(np.max, ratio),
-        loss_ratio_above_1_2=_count_above(ratio, SPIKE),
-        loss_ratio_above_1_5=_count_above(ratio, LARGE_SPIKE),
-        max_position_matched_loss_ratio=_reduce(np.max, matched),
-        position_matched_above_1_2=_count_above(matched, SPIKE),
+        perplexity=perplexity_of(loss),
+        best_validation_loss=best,
+        best_perplexity=perplexity_of(best),
+        test_perplexity=perplexity_of(test_loss),
+        loss_ratio=_ratio_summary(ratio),
+        position_matched_loss_ratio=_ratio_summary(_ratios(run, "position_matched_loss_ratio")),
+        smoothed_loss_ratio=_ratio_summary(run.smoothed_loss_ratio()),
+        max_adam_variance_norm=_reduce(np.max, run.step("adam_variance_norm")),
         max_adam_variance=_reduce(np.max, run.step("adam_variance_max")),
+        max_adam_momentum_norm=_reduce(np.max, run.step("adam_momentum_norm")),
         clipped=int(np.nansum(run.step("clipped"))),
         skipped=int(np.nansum(run.step("skipped"))),
+        non_finite=len(broken),
         first_non_finite=int(broken[0]) if len(broken) else None,
         variance_norm_correlation=pearson(ratio, run.step("adam_variance_norm")),
         variance_max_correlation=pearson(ratio, run.step("adam_variance_max")),
     )
 
 
-def pearson(first: FloatArray, second: FloatArray) -> float | None:
-    """Pearson's r over the steps where both are finite; None with fewer than 3, or where one does not vary."""
-    known = np.isfinite(first) & np.isfinite(second)
-    if known.sum() < 3:
+def perplexity_of(loss: float | None) -> float | None:
+    """exp(loss), infinite where it is too large for a float."""
+    if loss is None:
         return None
-    x, y = first[known] - first[known].mean(), second[known] - second[known].mean()
-    spread = math.sqrt(float(x @ x)) * math.sqrt(float(y @ y))
-    return float(np.clip(x @ y / spread, -1.0, 1.0)) if spread > 0 else None
+    return math.inf if loss > 700 else math.exp(loss)
 
 
 def _ratios(run: Run, name: str) -> FloatArray:
@@ -237,8 +309,11 @@ def _reduce(function: Callable[[FloatArray], Any], values: FloatArray) -> float 
     return float(function(values)) if len(values) else None
 
 
-def _count_above(values: FloatArray, threshold: float) -> int:
-    return int((values[~np.isnan(values)] > threshold).sum())
+def _ratio_summary(ratios: FloatArray) -> RatioSummary:
+    known = ratios[~np.isnan(ratios)]
+    counts = [int((known > threshold).sum()) for threshold in (SPIKE, LARGE_SPIKE)]
+    shares = [count / len(ratios) if len(known) else None for count in counts]
+    return RatioSummary(_reduce(np.max, known), *counts, *shares)
 
 
 def _wall_time(run: Run) -> float | None:
@@ -247,5 +322,19 @@ def _wall_time(run: Run) -> float | None:
     return max(times) if times else None
 
 
-def _perplexity(loss: float) -> float:
-    return math.inf if loss > 700 else math.exp(loss)
+def _state(log: Path) -> RunState:
+    path = log.with_name(EXIT_FILE)
+    with file_errors("read", path):
+        if not path.exists():
+            return RunState("running", silent=max(0.0, time.time() - log.stat().st_mtime))
+        content = path.read_bytes()
+    try:
+        entry = json.loads(content)
+        status, reason = entry["status"], entry["reason"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        status = reason = None
+    if status not in ("finished", "stopped") or not isinstance(reason, str | None):
+        raise UserError(
+            f'{path}: expected {{"status": "finished" or "stopped", ...}}, found {content[:60]!r}; delete it'
+        )
+    return RunState(status, reason)

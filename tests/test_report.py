@@ -1,0 +1,147 @@
+"""Time to quality, groups over seeds and the tables, on runs with planted answers."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from synthetic_runs import write_losses
+
+from megatron.errors import UserError
+from megatron.instability.groups import group_runs
+from megatron.instability.quality import Arrival, time_to_quality
+from megatron.instability.statistics import Spread
+from megatron.instability.summary import Run, RunSummary, read_runs, summarise
+from megatron.instability.tables import Table, report_tables
+
+
+def planted(home: Path, losses: dict[str, list[float]], seconds: dict[str, float] | None = None) -> list[Run]:
+    """Runs of 100 tokens a step, validated with loss + 1 at every other step."""
+    for name, values in losses.items():
+        write_losses(home / name, values, seconds=(seconds or {}).get(name, 0.5))
+    return read_runs([str(home / name) for name in losses])
+
+
+def row(tables: list[Table], title: str, *start: str) -> list[str]:
+    """The cells after `start` of the row that begins with it."""
+    (table,) = [table for table in tables if table.title.startswith(title)]
+    (found,) = [row.cells[len(start) :] for row in table.rows if row.cells[: len(start)] == start]
+    assert len(table.header) == len(found) + len(start)
+    return list(found)
+
+
+def tables_of(runs: list[Run], perplexities: tuple[float, ...] = ()) -> list[Table]:
+    summaries = [summarise(run) for run in runs]
+    targets = time_to_quality(runs, perplexities)
+    return report_tables(summaries, targets, group_runs(summaries, targets))
+
+
+LOSSES = {
+    "base": [5.0, 5.0, 4.0, 4.0, 3.0, 3.0, 3.0, 3.5],  # best validation: 4, at step 6
+    "slw": [5.0, 4.0, 4.0, 3.0, 2.0, 2.0, 2.0, 2.0],  # there at step 4, best 3 at step 6
+    "poor": [5.0, 5.0, 5.0, 5.0, 4.0, 4.0, 4.0, 4.0],
+}
+
+
+def test_planted_time_to_quality(tmp_path: Path) -> None:
+    runs = planted(tmp_path, LOSSES, {"slw": 0.25})
+    given, base, best = time_to_quality(runs, [math.exp(5.5)])
+    assert (base.label, base.perplexity, best.label) == ("best of base", math.exp(4.0), "best of slw")
+    assert base.arrivals[0] == Arrival("base", 6, 600, 3.0, 6.25)
+    assert base.arrivals[1] == Arrival("slw", 4, 400, 1.0, 2.25, 1.5, 3.0, 6.25 / 2.25)
+    assert base.arrivals[2] == Arrival("poor") and not base.arrivals[2].reached
+    assert [arrival.iteration for arrival in given.arrivals] == [4, 2, 6]
+    # Where the first did not reach it there is nothing to save.
+    assert best.arrivals[:2] == (Arrival("base"), Arrival("slw", 6, 600, 1.5, 3.25))
+
+    tables = tables_of(runs)
+    reach = f"{math.exp(4.0):.2f} (best of base)"
+    assert row(tables, "Tokens and time", reach, "slw") == ["400 (1.50x)", "00:01 (3.00x)", "00:02 (2.78x)"]
+    assert row(tables, "Tokens and time", reach, "poor") == ["did not reach"] * 3
+
+
+def test_factors_of_finished_runs_only(tmp_path: Path) -> None:
+    planted(tmp_path, LOSSES, {"slw": 0.25})
+    for name in ("base", "slw"):
+        (tmp_path / name / "exit.json").write_text('{"status": "finished", "iteration": 8, "reason": null}')
+    tables = tables_of(read_runs([str(tmp_path / name) for name in LOSSES]))
+    assert row(tables, "Cost and quality", "base") == ["8", "800", "00:04", "00:08", "54.60", "90.02"]
+    assert row(tables, "Cost and quality", "slw")[1:4] == ["800 (1.00x)", "00:02 (2.00x)", "00:04 (1.94x)"]
+    assert row(tables, "Cost and quality", "poor")[1:4] == ["800", "00:04", "00:08"]
+
+
+def test_targets_that_no_run_can_have(tmp_path: Path) -> None:
+    runs = planted(tmp_path, {"a": [2.0], "b": [math.nan, math.nan]})
+    assert time_to_quality(runs) == []
+    for perplexity in (1.0, -3.0, math.nan, math.inf):
+        with pytest.raises(UserError, match=r"--target-perplexity .*: expected a number above 1"):
+            time_to_quality(runs, [perplexity])
+
+
+def test_planted_spikes_and_a_run_that_diverged(tmp_path: Path) -> None:
+    losses = [4.0, 2.0, 2.5, 3.2, 2.0, 2.4, 1.0, 1.3, 1.1, 1.0]  # above 1.2 at steps 3, 4 and 8; above 1.5 at 4
+    runs = planted(tmp_path, {"spiky": losses, "lost": [4.0, 2.0, math.nan, math.inf]})
+    tables = tables_of(runs)
+    assert row(tables, "Training instability", "spiky")[:3] == ["3 (30.00%)", "1 (10.00%)", "1.600"]
+    assert row(tables, "Training instability", "spiky")[3:] == ["-"] * 4
+    assert row(tables, "Training instability", "lost")[:3] == ["2 (50.00%)", "2 (50.00%)", "inf"]
+    assert row(tables, "Peaks", "lost") == ["-", "-", "-", "0", "0", "2", "step 3"]
+    assert row(tables, "Cost and quality", "lost")[-2:] == [f"{math.exp(3.0):.2f}", "inf"]
+
+
+def test_planted_correlation(tmp_path: Path) -> None:
+    """Ratios of 1 + e, a variance of e and noise at right angles to it: r is 0.6, p that of t = 0.75 * sqrt(62)."""
+    basis, _ = np.linalg.qr(np.column_stack([np.ones(64), np.random.default_rng(2).normal(size=(64, 2))]))
+    ratios = [None, *(1 + basis[:, 1]).tolist()]
+    variance = [1.0, *(2 + 0.6 * basis[:, 1] + 0.8 * basis[:, 2]).tolist()]
+    write_losses(tmp_path, [2.0] * 65, loss_ratio=ratios, adam_variance_norm=variance, adam_variance_max=[5.0] * 65)
+    (run,) = read_runs([str(tmp_path)])
+    assert row(tables_of([run]), "Loss ratio against", run.name) == ["0.60", "1.6e-07", "-", "-", "64"]
+
+
+def seeds(tmp_path: Path, *names: str) -> list[RunSummary]:
+    losses = {name: [4.0, 2.0 + 0.1 * index, 3.0, 2.0 + 0.1 * index] for index, name in enumerate(names)}
+    return [summarise(run) for run in planted(tmp_path, losses)]
+
+
+def test_seeds_are_grouped_and_spread(tmp_path: Path) -> None:
+    summaries = seeds(tmp_path, "base-seed1", "slw_seed1", "slw_seed22", "base-seed2", "base-seed3", "alone-seedling")
+    targets = time_to_quality(read_runs([str(tmp_path / s.name) for s in summaries]), [math.exp(3.25)])
+    base, slw, alone = group_runs(summaries, targets)
+    assert base.runs == ("base-seed1", "base-seed2", "base-seed3") and slw.runs == ("slw_seed1", "slw_seed22")
+    assert alone.name == "alone-seedling"
+    found = base.spreads["validation_loss"]
+    assert isinstance(found, Spread) and (found.n, found.min, found.max) == (3, 3.0, pytest.approx(3.4))
+    assert found.mean == pytest.approx((3.0 + 3.3 + 3.4) / 3)
+    assert found.std == pytest.approx(math.sqrt(sum((x - found.mean) ** 2 for x in (3.0, 3.3, 3.4)) / 2))
+    label = f"perplexity {math.exp(3.25):g}"
+    assert (base.reached[label], slw.reached[label], alone.reached[label]) == (1, 2, 0)
+    assert base.tokens_to[label] == Spread(1, 200.0, None, 200.0, 200.0)
+    cells = row(report_tables(summaries, targets, [base, slw, alone]), "Seeds", "slw")
+    assert cells[0] == "2" and cells[7] == "2 of 2"
+    assert cells[1] == "23.37 ± 1.65 (22.20 to 24.53)"
+
+
+def test_groups_by_pattern(tmp_path: Path) -> None:
+    summaries = seeds(tmp_path, "a1", "a2", "b1")
+    assert group_runs(summaries, []) == []  # no two runs of one name
+    assert [group.runs for group in group_runs(summaries, [], ["all=a*"])] == [("a1", "a2"), ("b1",)]
+    for patterns, message in (
+        (["a*"], r"--group a\*: expected GROUP=PATTERN"),
+        (["=a*"], r"--group =a\*: expected GROUP=PATTERN"),
+        (["x=c*"], r"--group x=c\*: matches no run; they are called a1, a2, b1"),
+        (["x=a*", "y=*1"], "--group: the run a1 matches both x and y"),
+    ):
+        with pytest.raises(UserError, match=message):
+            group_runs(summaries, [], patterns)
+
+
+def test_a_run_without_steps_stands_in_every_table(tmp_path: Path) -> None:
+    runs = planted(tmp_path, {"new": [], "slw": [4.0, 3.0]})
+    tables = tables_of(runs)
+    assert row(tables, "Runs", "new")[:2] == ["running; no step yet", "0"]
+    for title in ("Training instability", "Loss ratio against"):
+        assert set(row(tables, title, "new")) == {"-"}
+    assert row(tables, "Tokens and time", f"{math.exp(4.0):.2f} (best of slw)", "new") == ["did not reach"] * 3
