@@ -1,4 +1,4 @@
-"""Print a run before it starts, and its memory, from its flags alone: tools/plan_run.py --config RECIPE [flags]"""
+"""Print a run before it starts, its memory and its time, from its flags: tools/plan_run.py --config RECIPE [flags]"""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megatron.arguments import build_parser, parse_config
 from megatron.counts import parse_count
 from megatron.errors import EXIT_FAILURE, EXIT_FINISHED, run
+from megatron.instability.step_cost import fit_step_cost
+from megatron.instability.summary import read_runs
+from megatron.model.cost import cost_argument, plan_time, time_table
 from megatron.model.plan import memory_table, plan_memory, plan_table, plan_totals
 
 
@@ -30,14 +33,37 @@ def main() -> int:
         metavar="GB",
         help="say whether the run fits in this much a GPU; the status is 1 if not",
     )
+    costs = group.add_mutually_exclusive_group()
+    costs.add_argument(
+        "--cost",
+        type=cost_argument,
+        metavar="A,B",
+        help="print the hours: a step takes A + B * sequence length seconds at --global-batch-size",
+    )
+    costs.add_argument(
+        "--fit",
+        nargs="+",
+        metavar="RUN",
+        help="the same with A and B fitted to the logs of runs of this model on the machines to be used: their --save "
+        "directories, or metrics.jsonl; they need steps of at least two lengths",
+    )
     config, arguments = parse_config(parser, sys.argv[1:])
+    fit = None if arguments.fit is None else fit_step_cost(read_runs(arguments.fit), config)
+    cost = arguments.cost if fit is None else fit.cost
     totals = plan_totals(config, at=arguments.at)
+    tables = [plan_table(config, totals)]
+    if cost is not None:
+        totals["time"] = plan_time(config, totals, cost)
+        tables.append(time_table(totals["time"]))
+    if fit is not None:
+        totals["time"]["fit"] = fit.to_dict()
+        tables[-1] += f"\n{fit}"
     ranks = config.parallel.tensor_model_parallel_size if arguments.world_size is None else arguments.world_size
     memory = plan_memory(config, ranks, arguments.gpu_memory)
     if arguments.json:
         print(json.dumps(totals | {"memory": memory}))
     else:
-        print(plan_table(config, totals), memory_table(memory), sep="\n\n")
+        print(*tables, memory_table(memory), sep="\n\n")
     return EXIT_FINISHED if memory.get("fits", True) else EXIT_FAILURE
 
 

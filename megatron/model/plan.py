@@ -18,6 +18,9 @@ GPT2_VOCAB_SIZE = 50257
 ROWS = 12
 """Lines of the table over the run."""
 GB = 10**9
+ADAPTIVE = (
+    "adaptive pacing      planned as if every validation lengthened; with any that does not the run has more steps"
+)
 
 
 def plan_totals(config: Config, at: int | None = None) -> dict[str, Any]:
@@ -38,6 +41,7 @@ def plan_totals(config: Config, at: int | None = None) -> dict[str, Any]:
         "consumed_samples": progress.consumed_samples,
         "discarded_share": planned.discarded_share,
         "full_length_iteration": planned.full_length_iteration,
+        "lengthens_at_every_validation": config.seqlen_warmup.seqlen_warmup == "adaptive",
         "lr_warmup_iterations": planned.lr_warmup_iterations,
         "lr_anchor_tokens": progress.lr_anchor_tokens,
         "vocab_size": vocab_size,
@@ -64,6 +68,7 @@ def plan_table(config: Config, totals: dict[str, Any]) -> str:
         f"LR warmup ends       after step {totals['lr_warmup_iterations']:,}",
         f"parameters           {totals['parameters'] / 1e6:,.1f}M (vocabulary {totals['vocab_size']:,})",
         f"FLOPs                {totals['flops']:.4g}",
+        *([ADAPTIVE] if totals["lengthens_at_every_validation"] else []),
         "",
         f"{'step':>12}{'seqlen':>9}{'batch':>9}{'tokens before':>20}{'lr':>12}",
     ]
