@@ -10,21 +10,28 @@ from __future__ import annotations
 import json
 import math
 import os
+import socket
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from megatron.errors import UserError
+from megatron.files import file_errors
 
 METRICS_FILE = "metrics.jsonl"
+WRITE = "write the run's log"
+"""What cannot be done, in a message."""
 BY_TOKENS = "by_tokens"
 """Directory, below TensorBoard's, of the same scalars with tokens in place of iterations on the x-axis."""
 
 TENSORBOARD_SECONDS = 0.02
 """Steps reach TensorBoard at most this often: a step costs 0.4 ms there (its checksums are pure Python), and it shows a
 sample of 1000 points a curve anyway. metrics.jsonl has every step."""
+FLUSH_SECONDS = 30.0
+"""How long TensorBoard's files may lag behind."""
 
 STEP_TAGS = {
     "loss": "loss/training",
@@ -112,16 +119,15 @@ class MetricsLogger:
             self.close_file()
             temporary = self._path.with_name(f"{METRICS_FILE}.tmp-{os.getpid()}")
             try:
-                with temporary.open("w", encoding="utf-8") as file:
-                    for line, entry in read_lines(self._path):
-                        if entry["iteration"] <= iteration:
-                            file.write(line + "\n")
-                            tokens = max(tokens, int(entry.get("consumed_tokens") or 0))
-                    file.flush()
-                    os.fsync(file.fileno())
-                temporary.replace(self._path)
-            except OSError as error:
-                raise _unwritable(self._path, error) from error
+                with file_errors(WRITE, self._path):
+                    with temporary.open("w", encoding="utf-8") as file:
+                        for line, entry in read_lines(self._path):
+                            if entry["iteration"] <= iteration:
+                                file.write(line + "\n")
+                                tokens = max(tokens, int(entry.get("consumed_tokens") or 0))
+                        file.flush()
+                        os.fsync(file.fileno())
+                    temporary.replace(self._path)
             finally:
                 temporary.unlink(missing_ok=True)
             self._open()
@@ -137,9 +143,9 @@ class MetricsLogger:
     def close(self) -> None:
         """Close the file and write out TensorBoard's last events."""
         self.close_file()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-            self._tensorboard = None
+        tensorboard, self._tensorboard = self._tensorboard, None
+        if tensorboard is not None:
+            tensorboard.close()
 
     def __enter__(self) -> MetricsLogger:
         return self
@@ -147,16 +153,18 @@ class MetricsLogger:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.close()
+        try:
+            self.close()
+        except UserError:
+            if error is None:  # what ended the run comes first
+                raise
 
     def _open(self) -> None:
         if self._path is None:
             return
-        try:
+        with file_errors(WRITE, self._path):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        except OSError as error:
-            raise _unwritable(self._path, error) from error
 
     def _write(self, entry: Mapping[str, Any]) -> None:
         if self._file is None or self._path is None:
@@ -166,11 +174,9 @@ class MetricsLogger:
         except ValueError:  # NaN or infinity somewhere: rare, so only then look for it
             text = json.dumps(json_safe(entry), allow_nan=False, default=_plain)
         data = (text + "\n").encode()
-        try:
+        with file_errors(WRITE, self._path):
             while data:
                 data = data[os.write(self._file, data) :]
-        except OSError as error:
-            raise _unwritable(self._path, error) from error
 
 
 def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -221,51 +227,60 @@ def _by_position(prefix: str, entry: Mapping[str, Any]) -> dict[str, float]:
     return {f"{prefix}/{name}": loss for name, loss in (entry.get("loss_by_position") or {}).items()}
 
 
-def _unwritable(path: Path, error: OSError) -> UserError:
-    return UserError(f"{path}: cannot write the run's log: {error.strerror}; free space or choose another --save")
-
-
 class _TensorBoard:
     """Scalars by iteration, and by tokens in a directory below: one event a step, so a scalar costs little.
 
     Two directories because a resume hides what lies beyond one x-value of a directory, and tokens are not iterations.
+    TensorBoard's own EventFileWriter is not used: its thread prints a traceback where the disk is full.
     """
 
     def __init__(self, directory: Path) -> None:
         try:  # imported only when asked for: it costs most of a second
             from tensorboard.compat.proto import event_pb2, summary_pb2  # noqa: PLC0415
-            from tensorboard.summary.writer.event_file_writer import EventFileWriter  # noqa: PLC0415
+            from tensorboard.summary.writer.record_writer import RecordWriter  # noqa: PLC0415
         except ImportError as error:
             raise UserError(
                 "--tensorboard needs the tensorboard package, which is not installed: "
                 "pip install tensorboard, or give --no-tensorboard"
             ) from error
         self._events, self._summaries = event_pb2, summary_pb2
-        try:
-            self._writers = [
-                EventFileWriter(str(path), max_queue_size=1000, flush_secs=30)
-                for path in (directory, directory / BY_TOKENS)
-            ]
-        except OSError as error:
-            raise _unwritable(directory, error) from error
+        self._directory = directory
+        self._flushed = -math.inf
+        # TensorBoard reads files in the order of their names.
+        name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
+        with file_errors(WRITE, directory):
+            (directory / BY_TOKENS).mkdir(parents=True, exist_ok=True)
+            self._files = [(path / name).open("xb") for path in (directory, directory / BY_TOKENS)]
+        self._writers = [RecordWriter(file) for file in self._files]
+        self._write([event_pb2.Event(file_version="brain.Event:2")] * 2)
 
     def log(self, entry: Mapping[str, Any], scalars: Mapping[str, float | None]) -> None:
         """Write the scalars that are not None, at the entry's iteration and at its tokens."""
         value = self._summaries.Summary.Value
         values = [value(tag=tag, simple_value=float(x)) for tag, x in scalars.items() if x is not None]
         summary = self._summaries.Summary(value=values)
-        for writer, field in zip(self._writers, ("iteration", "consumed_tokens"), strict=True):
-            event = self._events.Event(step=int(entry.get(field) or 0), summary=summary)
-            event.wall_time = time.time()
-            writer.add_event(event)
+        steps = (int(entry.get(field) or 0) for field in ("iteration", "consumed_tokens"))
+        self._write([self._events.Event(step=step, summary=summary) for step in steps])
 
     def hide_beyond(self, iteration: int, tokens: int) -> None:
         """Tell TensorBoard to drop what an earlier process wrote beyond this point."""
         start = self._events.SessionLog(status=self._events.SessionLog.START)
-        for writer, last in zip(self._writers, (iteration, tokens), strict=True):
-            writer.add_event(self._events.Event(wall_time=time.time(), step=last + 1, session_log=start))
+        self._write([self._events.Event(step=last + 1, session_log=start) for last in (iteration, tokens)])
 
     def close(self) -> None:
-        """Write out what is queued."""
-        for writer in self._writers:
-            writer.close()
+        """Write out what is held back. Raises UserError."""
+        with file_errors(WRITE, self._directory), ExitStack() as files:
+            for file in self._files:
+                files.callback(file.close)
+
+    def _write(self, events: list[Any]) -> None:
+        """One event to each file; every FLUSH_SECONDS others can see them. Raises UserError."""
+        now = time.monotonic()
+        with file_errors(WRITE, self._directory):
+            for writer, event in zip(self._writers, events, strict=True):
+                event.wall_time = time.time()
+                writer.write(event.SerializeToString())
+            if now - self._flushed >= FLUSH_SECONDS:
+                self._flushed = now
+                for writer in self._writers:
+                    writer.flush()

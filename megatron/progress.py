@@ -57,6 +57,14 @@ class Progress:
         if self.lr_anchor_tokens is None and lr_warmup.reached(self):
             self.lr_anchor_tokens = lr_warmup.value if lr_warmup.unit == "tokens" else self.consumed_tokens
 
+    def position(self) -> dict[str, int]:
+        """What every line of the log begins with."""
+        return {
+            "iteration": self.iteration,
+            "consumed_samples": self.consumed_samples,
+            "consumed_tokens": self.consumed_tokens,
+        }
+
     def to_dict(self) -> dict[str, int | None]:
         """Plain values for a checkpoint; `Progress(**d)` is the inverse."""
         return asdict(self)

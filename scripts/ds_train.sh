@@ -188,6 +188,7 @@ fi
 (
     trap - TERM INT USR1 HUP
     [[ -n $through_srun ]] || trap '' USR1
+    export SIGNALLED_BY=ds_train.sh # so that exit.json does not take the SIGUSR1 below for what was sent to this script
     exec python -c 'import os, sys; os.setsid(); os.execvp(sys.argv[1], sys.argv[1:])' "${command[@]}"
 ) &
 launcher=$!

@@ -64,7 +64,7 @@ if [ "$target" = cpu ]; then
     threads=$((cores / jobs > 0 ? cores / jobs : 1)) # so that runs beside one another do not fight for cores
 fi
 
-begun=$SECONDS stopped=""
+begun=$SECONDS stopped="" failed=""
 train() { # recipe lr seed
     local name="$1-lr$2-seed$3" left=()
     [ -z "$minutes" ] || left=(--exit-duration-in-mins "$((minutes - (SECONDS - begun) / 60))")
@@ -74,37 +74,58 @@ train() { # recipe lr seed
         echo "${command[*]}"
         return
     fi
-    local status=0
-    ${threads:+env OMP_NUM_THREADS=$threads} "${command[@]}" > "$output/$name.log" 2>&1 || status=$?
+    if ended "$output/$name"; then
+        echo "$name: made already"
+        return
+    fi
+    ${threads:+env OMP_NUM_THREADS=$threads} "${command[@]}" >> "$output/$name.log" 2>&1 &
+    local status=0 child=$!
+    trap 'kill -TERM $child' TERM # which saves and leaves
+    wait $child || status=$?
+    if [ $status -gt 128 ]; then # the trap ended the wait, not the run
+        status=0
+        wait $child || status=$?
+    fi
     case $status in
         0) echo "$name: $(grep '^validation' "$output/$name.log" | tail -n 1)" ;;
         75) echo "$name: stopped and saved" ;;
-        *) echo "$name: $(tail -n 1 "$output/$name.log")" ;; # a run that diverges is a result too
+        *) echo "$name: $(tail -n 1 "$output/$name.log")" ;;
     esac
+    ! ended "$output/$name" || return 0 # a run that diverges is a result too
     return $status
 }
 
-ended() { # collects one finished run; a run that was stopped ends the whole
+ended() { # run: whether it has come to an end of its own
+    [ -e "$1/exit.json" ] && grep -qE '"status": "(finished|diverged)"' "$1/exit.json"
+}
+
+collect() { # waits for one run; one that was stopped ends the whole, one that failed only itself
     local status=0
     wait -n || status=$?
-    [ $status -ne 75 ] || stopped=1
+    case $status in
+        0) ;;
+        75) stopped=1 ;;
+        *) [ -n "$stopped" ] || failed=1 ;; # a signal to this script ends the wait as well
+    esac
 }
 trap 'stopped=1; kill $(jobs -pr) 2> /dev/null || true' INT TERM
 names=() count=0 total="$(runs | wc -l)"
 while read -r recipe lr seed; do
     names+=("$output/$recipe-lr$lr-seed$seed")
     count=$((count + 1))
-    while [ "$(jobs -pr | wc -l)" -ge "$jobs" ]; do ended; done
+    while [ "$(jobs -pr | wc -l)" -ge "$jobs" ]; do collect; done
     [ -z "$minutes" ] || [ $(((SECONDS - begun) / 60)) -lt "$minutes" ] || stopped=1
     [ -z "$stopped" ] || break
     [ -n "$dry" ] || echo "run $count of $total: $recipe, learning rate $lr, seed $seed"
     if [ -n "$dry" ]; then train "$recipe" "$lr" "$seed"; else train "$recipe" "$lr" "$seed" & fi
 done < <(runs)
 [ -z "$dry" ] || exit 0
-while [ -n "$(jobs -pr)" ]; do ended; done
+while [ -n "$(jobs -pr)" ]; do collect; done
 
 seen=()
 for name in "${names[@]}"; do [ ! -e "$name/metrics.jsonl" ] || seen+=("$name"); done
-[ ${#seen[@]} -eq 0 ] || "$python" "$root/tools/compare_runs.py" "${seen[@]}" --html "$output/report.html" \
-    --output "$output/comparison.png"
+[ ${#seen[@]} -gt 0 ] || { echo "error: no run has taken a step: see $output/*.log" >&2; exit 1; }
+"$python" "$root/tools/compare_runs.py" "${seen[@]}" --json > "$output/report.json"
+"$python" "$root/tools/compare_runs.py" "${seen[@]}" --html "$output/report.html" --output "$output/comparison.png"
+[ -z "$failed" ] || { echo "error: some runs failed, and are missing in the report or end early there" >&2; exit 1; }
 [ -z "$stopped" ] || { echo "stopped: run this script again with the same arguments to go on" >&2; exit 75; }

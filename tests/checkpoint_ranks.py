@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
+from small_training import newest_whole
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -28,7 +29,6 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from megatron.checkpointing import checkpoint as checkpoints
 from megatron.checkpointing import tensors as shards
 from megatron.checkpointing.checkpoint import load_checkpoint, save_checkpoint
-from megatron.checkpointing.commit import find_latest
 from megatron.checkpointing.manifest import read_manifest
 from megatron.checkpointing.saver import Saver
 from megatron.checkpointing.state import collect, restore
@@ -191,7 +191,7 @@ def faults(directory: Path, worlds: dict[str, World]) -> dict[str, Any]:
         other = Training(world, seed=3)
         restore(other.model, other.optimizer, first, world=world)
         clean = not any(".tmp-" in path.name for path in directory.iterdir())
-        return clean and find_latest(directory) == first and same(other.whole(), expected)
+        return clean and newest_whole(directory) == first and same(other.whole(), expected)
 
     with replaced(shards, "save_file", full_disk if world.rank == 2 else shards.save_file):
         seen["write"] = [*fault(lambda: training.save(directory, 2)), intact()]
@@ -255,7 +255,7 @@ def background(directory: Path, world: World) -> dict[str, Any]:
                 tensor.zero_()
             for _ in range(20):
                 dist.all_reduce(torch.ones(3))
-            seen["not before it is written"] = [list(reports), find_latest(directory) is None]
+            seen["not before it is written"] = [list(reports), newest_whole(directory) is None]
             changed.set()
             saver.wait()
         seen["reports"] = list(reports)

@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from small_training import newest_whole
 
 import megatron.checkpointing.tensors as shards
 from megatron.checkpointing.checkpoint import load_checkpoint, save_checkpoint
-from megatron.checkpointing.commit import find_latest, reap_temporary
+from megatron.checkpointing.commit import reap_temporary
 from megatron.errors import UserError
 
 CRASHED, FAILED, SAVED = 9, 3, 0
@@ -124,7 +125,7 @@ def child(work: Callable[[], None], point: int, mode: str) -> tuple[int, list[st
 
 
 def value_of_newest(directory: Path) -> tuple[int, float] | None:
-    path = find_latest(directory)
+    path = newest_whole(directory)
     if path is None:
         return None
     checkpoint = load_checkpoint(path)

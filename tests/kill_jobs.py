@@ -12,9 +12,10 @@ import checkpoint_ranks
 import numpy as np
 import small_training
 import torch._dynamo  # noqa: F401  (AdamW imports it at its first step: once here, not in every child)
+from small_training import newest_whole
 
 from megatron.checkpointing.checkpoint import load_checkpoint
-from megatron.checkpointing.commit import find_latest, reap_temporary
+from megatron.checkpointing.commit import reap_temporary
 from megatron.checkpointing.saver import Saver
 from megatron.checkpointing.state import collect, restore
 from megatron.data import documents, preprocessing
@@ -39,6 +40,8 @@ class Job:
     ranks: int = 1
     deletes: bool = False
     """It ends by deleting old checkpoints; a deletion that fails does not end it."""
+    background: bool = False
+    """The calls of interest are those of the thread that saves while the main one goes on."""
 
 
 def train(until: int) -> Work:
@@ -59,38 +62,43 @@ def damaged(directory: Path, world: World) -> None:
         os.truncate(shard, shard.stat().st_size - 1)
 
 
-def train_keeping(last: int | None, steps: range) -> Work:
-    """The small training from what is there up to each of `steps`, with a save there and the newest `last` kept."""
+def train_keeping(last: int | None, steps: range, *, background: bool = False) -> Work:
+    """The small training from what is there up to each of `steps`, with a save there and the newest `last` kept.
+
+    It trains one step further, which is in time for a save in the background.
+    """
 
     def work(directory: Path, world: World) -> None:
         reap_temporary(directory)
         training = small_training.Training()
-        latest = find_latest(directory)
+        latest = newest_whole(directory)
         if latest is not None:
             training.take(latest)
-        with Saver(directory, world, background=False, report=print, keep_last=last) as saver:
-            for step in steps:
+        with Saver(directory, world, background=background, report=print, keep_last=last) as saver:
+            for step in range(max(steps.start, training.progress.iteration), steps.stop):
                 training.run(step)
                 tensors = collect(training.model, training.optimizer)
                 saver.save(iteration=step, tensors=tensors, state=training.state(), config_text="lr: 1e-2\n")
+                training.run(step + 1)
 
     return work
 
 
-def train_ranks(until: int) -> Work:
-    """A model that all ranks share, up to a step, from what is there, saved as the trainer does."""
+def train_ranks(until: int, *, background: bool = False) -> Work:
+    """A model that all ranks share, up to a step, from what is there, saved as the trainer does, and one step more."""
 
     def work(directory: Path, world: World) -> None:
         training = checkpoint_ranks.Training(world, seed=5)
         world.on_main(lambda: bool(reap_temporary(directory)))
-        latest = world.on_main(lambda: str(find_latest(directory) or ""))
+        latest = world.on_main(lambda: str(newest_whole(directory) or ""))
         done = 0
         if latest:
             done = load_checkpoint(Path(latest), world=world).iteration
             restore(training.model, training.optimizer, Path(latest), world=world)
         training.steps(until - done)
-        with Saver(directory, world, background=False, report=print) as saver:
+        with Saver(directory, world, background=background, report=print) as saver:
             saver.save(iteration=until, tensors=training.table(), state={"iteration": until}, config_text="seed: 5\n")
+            training.steps(1)
 
     return work
 
@@ -135,7 +143,14 @@ JOBS = {
     "save-next": Job(train(4), before=train(2)),
     "save-replacing": Job(train(4), before=damaged),
     "retention": Job(train_keeping(2, range(4, 5)), before=train_keeping(None, range(1, 4)), deletes=True),
+    "background": Job(
+        train_keeping(2, range(4, 5), background=True),
+        before=train_keeping(None, range(1, 4)),
+        deletes=True,
+        background=True,
+    ),
     "save-sharded": Job(train_ranks(2), before=train_ranks(1), ranks=2),
+    "background-sharded": Job(train_ranks(2, background=True), before=train_ranks(1), ranks=2, background=True),
     "preprocess": Job(encode("texts.jsonl")),
     "preprocess-replacing": Job(encode("texts.jsonl"), before=encode("older.jsonl")),
     "preprocess-in-parts": Job(encode_in_parts),

@@ -13,15 +13,16 @@ import hashlib
 import io
 import json
 import os
-import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -32,8 +33,11 @@ import torch
 import torch.distributed as dist
 from checkpoint_ranks import LAYOUTS
 from kill_jobs import JOBS, Job, Work, make_inputs
+from small_training import newest_whole
+from system_calls import NEVER_FULL, TRACE, Call, calls_in, is_final, order_faults
 
-from megatron.checkpointing.commit import find_latest, open_manifest
+from megatron.checkpointing import saver
+from megatron.checkpointing.commit import open_manifest
 from megatron.checkpointing.manifest import check_digests
 from megatron.distributed.world import World
 from megatron.errors import EXIT_FAILURE, UserError, run
@@ -44,30 +48,7 @@ SECONDS = 60.0
 """After which a process is taken to hang."""
 TRIES = 10
 """Of a point, until the call that is meant is the one that is hit."""
-CHANGING = ("write", "pwrite64", "fsync", "fdatasync", "ftruncate", "fallocate", "openat")
-NAMING = ("rename", "renameat", "renameat2", "mkdir", "mkdirat", "unlink", "unlinkat", "rmdir", "link", "linkat")
-TRACE = ("-e", "trace=" + ",".join(f"?{name}" for name in CHANGING + NAMING))  # ?: where the machine has it
-NEVER_FULL = ("unlink", "unlinkat", "rmdir")
-_RANDOM = re.compile(
-    r"(?<=\.tmp-)[0-9a-f]+|(?<=\.old-)[0-9a-f]+|(?<=\.gone-)[0-9a-f]+|(?<=\.tmp)\w{6}$|\w{8}(?=\.tmp$)"
-)
 _PR_SET_PTRACER = 0x59616D61
-
-
-@dataclass(frozen=True)
-class Call:
-    """A system call that changes something below the directory under test."""
-
-    name: str
-    number: int
-    """Among all calls of that name in the thread, from 1."""
-    paths: tuple[str, ...]
-    """What it was given: two for a rename."""
-
-    @property
-    def place(self) -> tuple[str, ...]:
-        """Name and paths without what is random in them."""
-        return (self.name, *(_RANDOM.sub("*", path) for path in self.paths))
 
 
 @dataclass
@@ -84,9 +65,12 @@ class Report:
 
 
 class Child:
-    """A forked process that does a job when it is let go, and ends as a program of this repository does."""
+    """A forked process that does a job when it is let go, and ends as a program of this repository does.
 
-    def __init__(self, work: Work, directory: Path, rank: int, ranks: int) -> None:
+    With `background` the thread in which a Saver is going to write is there before, and `thread` is its number.
+    """
+
+    def __init__(self, work: Work, directory: Path, rank: int = 0, ranks: int = 1, *, background: bool = False) -> None:
         self._errors = directory.parent / f"errors-{rank}"
         self._errors.write_text("")
         self._gate, gate = socket.socketpair()
@@ -97,15 +81,21 @@ class Child:
             ctypes.CDLL(None).prctl(_PR_SET_PTRACER, ctypes.c_ulong(-1), 0, 0, 0)
             os.dup2(os.open(self._errors, os.O_WRONLY), 2)
             sys.stderr = io.TextIOWrapper(io.FileIO(2, "w", closefd=False), write_through=True)
-            os._exit(self._do(work, directory, rank, ranks, gate))
+            os._exit(self._do(work, directory, rank, ranks, background, gate))
+        self.thread = self.pid
         gate.close()
 
     @staticmethod
-    def _do(work: Work, directory: Path, rank: int, ranks: int, gate: socket.socket) -> int:
+    def _do(work: Work, directory: Path, rank: int, ranks: int, background: bool, gate: socket.socket) -> int:
         try:
             os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks)}
             world = World() if ranks == 1 else connect(directory.parent / "store", rank, ranks)
-            gate.send(b"!")
+            thread = os.getpid()
+            if background:
+                pool = ThreadPoolExecutor(1)
+                thread = pool.submit(threading.get_native_id).result()
+                saver.ThreadPoolExecutor = lambda *arguments, **named: pool  # type: ignore[assignment, misc]
+            gate.send(thread.to_bytes(8))
             gate.recv(1)
             with redirect_stdout(io.StringIO()):
                 run(lambda: work(directory, world))
@@ -116,8 +106,9 @@ class Child:
             return 70
 
     def wait_until_ready(self) -> None:
-        if not self._gate.recv(1):
+        if not (told := self._gate.recv(8)):
             raise SystemExit(f"a rank did not come up: {self._errors.read_text()}")
+        self.thread = int.from_bytes(told)
 
     def go(self) -> None:
         self._gate.send(b"!")
@@ -142,25 +133,31 @@ def connect(store: Path, rank: int, ranks: int) -> World:
     """This process among `ranks`, over gloo."""
     timeout = timedelta(seconds=SECONDS / 2)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=timeout)
-    control = dist.new_group(timeout=timeout)
+    control, background = dist.new_group(timeout=timeout), dist.new_group(timeout=timeout)
     dist.barrier(group=control)
-    return World(rank, rank, LAYOUTS[ranks]["dp2"], control=control)
+    return World(rank, rank, LAYOUTS[ranks]["dp2"], control=control, background=background)
 
 
 def attempt(
     job: Job, directory: Path, work: Work, *, traced: int = 0, options: tuple[str, ...], mode: str
 ) -> list[tuple[int | str, str]]:
-    """Do `work` in all ranks of `job`, strace holding on to the rank `traced`; how each rank ended."""
+    """Do `work` in all ranks of `job`, strace holding on to the rank `traced`; how each rank ended.
+
+    To disturb a thread strace holds on to that one alone, as it counts the calls of each; else to all.
+    """
     scratch = directory.parent
-    for old in (scratch / "store", *scratch.glob("trace.*")):
+    for old in (scratch / "store", *scratch.glob("trace*")):
         old.unlink(missing_ok=True)
-    children = [Child(work, directory, rank, job.ranks) for rank in range(job.ranks)]
+    background = job.background and work is job.work
+    children = [Child(work, directory, rank, job.ranks, background=background) for rank in range(job.ranks)]
     for child in children:
         child.wait_until_ready()
     tracer = None
     try:
         if options:
-            tracer = attach(children[traced].pid, (*options, "-o", str(scratch / "trace")))
+            target = children[traced]
+            holding = ("-p", str(target.thread)) if mode != "none" else ("-ff", "-p", str(target.pid))
+            tracer = attach(*holding, *options, "-o", str(scratch / "trace"))
         for child in children:
             child.go()
         first = children[traced].wait()
@@ -176,15 +173,16 @@ def attempt(
         raise
     if tracer is not None:
         tracer.communicate(timeout=SECONDS)
-    for log in scratch.glob(f"trace.{children[traced].pid}"):
-        log.rename(scratch / "trace.main")
+    for log in (scratch / "trace", scratch / f"trace.{children[traced].thread}"):
+        if log.exists():
+            log.rename(scratch / "trace.main")
     return endings
 
 
-def attach(pid: int, options: tuple[str, ...]) -> subprocess.Popen[str]:
-    """strace, holding on to the process `pid` and to its threads, each with a log of its own."""
+def attach(*options: str) -> subprocess.Popen[str]:
+    """strace, which has taken hold."""
     try:
-        tracer = subprocess.Popen(["strace", "-ff", "-y", "-p", str(pid), *options], stderr=subprocess.PIPE, text=True)
+        tracer = subprocess.Popen(["strace", "-y", *options], stderr=subprocess.PIPE, text=True)
         said = tracer.stderr.readline()  # type: ignore[union-attr]
     except FileNotFoundError:
         said = "strace is not installed"
@@ -192,68 +190,6 @@ def attach(pid: int, options: tuple[str, ...]) -> subprocess.Popen[str]:
         print(said, file=sys.stderr)
         sys.exit(NO_TRACE)
     return tracer
-
-
-def calls_in(log: Path, directory: Path) -> list[Call]:
-    """The calls in the log of one thread that change something below `directory`, in their order."""
-    counts: dict[str, int] = {}
-    found = []
-    for line in log.read_text().splitlines():
-        match = re.match(r"(\w+)\((.*)", line)
-        if match is None:
-            continue
-        name, given = match[1], match[2]
-        counts[name] = counts.get(name, 0) + 1
-        in_vain = " = -1 " in given and "(INJECTED)" not in given
-        if in_vain or (name == "openat" and "O_CREAT" not in given):
-            continue
-        folder = re.match(r"(?:AT_FDCWD|\d+)<([^>]*)>", given)
-        if name in NAMING or name == "openat":
-            base = folder[1] if folder else "/"
-            paths = tuple(os.path.join(base, path) for path in re.findall(r'"([^"]*)"', given))
-        else:
-            paths = (folder[1],) if folder else ()
-        if paths and all(path == str(directory) or path.startswith(f"{directory}/") for path in paths):
-            found.append(Call(name, counts[name], paths))
-    return found
-
-
-def order_faults(calls: list[Call]) -> list[str]:
-    """Where a file or directory gets its final name before all of it is on the disk, or another change comes before
-    that name is. These are the orders that a power cut could reverse; a kill cannot show them."""
-    faults = []
-    unsynced: set[str] = set()
-    parent: str | None = None
-    for call in calls:
-        path, last = call.paths[0], call.paths[-1]
-        if call.name in ("fsync", "fdatasync"):
-            unsynced.discard(path)
-            parent = None if path == parent else parent
-            continue
-        if parent is not None:
-            faults.append(f"{call.name} {last} comes before the name given in {parent} is on the disk")
-            parent = None
-        if not call.name.startswith("rename"):
-            if call.name in ("write", "pwrite64", "ftruncate", "fallocate"):
-                unsynced.add(path)
-            if call.name in ("openat", "mkdir", "mkdirat"):
-                unsynced |= {path, os.path.dirname(path)} if call.name == "openat" else {path}
-            if call.name in NEVER_FULL:
-                unsynced.discard(path)
-            continue
-        inside = {old for old in unsynced if old == path or old.startswith(f"{path}/")}
-        unsynced = (unsynced - inside) | {last + old.removeprefix(path) for old in inside}
-        parent = os.path.dirname(last) if is_final(Path(last)) or ".gone-" in last else None
-        if is_final(Path(last)):
-            faults += [f"{last} gets its name before {old} is on the disk" for old in sorted(inside)]
-    if parent is not None:
-        faults.append(f"the name given last in {parent} is not brought to the disk")
-    return faults
-
-
-def is_final(path: Path) -> bool:
-    """Whether `path` is one that somebody reads: neither temporary nor aside nor going nor a lock."""
-    return not any(re.search(r"\.tmp|\.old-|\.gone-|^\.lock$", part) for part in path.parts[-2:])
 
 
 def contents(directory: Path) -> dict[str, str]:
@@ -381,7 +317,7 @@ class Walk:
         self._undisturbed(self._trial, self.job.work, traced=rank, options=TRACE)
         scratch = self._trial.parent
         calls = calls_in(scratch / "trace.main", self._trial)
-        others = [log for log in scratch.glob("trace.*") if log.name != "trace.main" and calls_in(log, self._trial)]
+        others = [log for log in scratch.glob("trace.[0-9]*") if calls_in(log, self._trial)]
         self.report.calls += [call.name for call in calls]
         self.report.faults += [f"{self._name}, rank {rank}: {fault}" for fault in order_faults(calls)]
         self.report.faults += [f"{self._name}: a thread writes, whose calls are not counted: {log}" for log in others]
@@ -397,7 +333,7 @@ class Walk:
 
     @staticmethod
     def _find(directory: Path) -> str | None:
-        found = find_latest(directory)
+        found = newest_whole(directory)
         return found.name if found else None
 
 
@@ -405,7 +341,7 @@ def main(directory: Path, sample: int, names: list[str]) -> None:
     torch.set_num_threads(1)
     reports: dict[str, dict[str, Any]] = {}
     (directory / "inputs").mkdir(parents=True)
-    maker = Child(make_inputs, directory / "inputs", 0, 1)
+    maker = Child(make_inputs, directory / "inputs")
     maker.wait_until_ready()
     maker.go()
     if (ending := maker.wait()) != (0, ""):

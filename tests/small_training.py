@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megatron.checkpointing.checkpoint import load_checkpoint, save_checkpoint
-from megatron.checkpointing.commit import find_latest
+from megatron.checkpointing.checkpoint import find_whole, load_checkpoint, save_checkpoint
+from megatron.checkpointing.commit import Report
 from megatron.checkpointing.rng import capture_rng, restore_rng
 from megatron.checkpointing.state import collect, restore
 from megatron.progress import Duration, Progress
@@ -97,9 +97,15 @@ class Training:
         restore_rng(state["rng"])
 
 
+def newest_whole(directory: Path, report: Report = lambda line: None) -> Path | None:
+    """The checkpoint that a start with --load-fallback takes."""
+    found = find_whole(directory, fallback=True, report=report)
+    return found.path if found else None
+
+
 def main(directory: Path, until: int) -> None:
     training = Training()
-    latest = find_latest(directory)
+    latest = newest_whole(directory)
     if latest is not None:
         training.take(latest)
     losses = training.run(until)

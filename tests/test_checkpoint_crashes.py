@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -14,9 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 from crash_points import save, value_of_newest
+from full_disk import largest_file
+from small_training import newest_whole
 
 from megatron.checkpointing.checkpoint import save_checkpoint
-from megatron.checkpointing.commit import find_latest, reap_temporary
+from megatron.checkpointing.commit import reap_temporary
 from megatron.errors import UserError
 
 PROGRAM = Path(__file__).with_name("crash_points.py")
@@ -70,13 +71,8 @@ def test_kill_in_a_system_call(tmp_path: Path, injection: str) -> None:
 
 def test_disk_that_fills_up_while_a_shard_is_written(tmp_path: Path) -> None:
     save(tmp_path, 5, 5.0)
-    old = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, old[1]))
-    try:
-        with pytest.raises(UserError, match=r"cannot write .*iter_0000010.*: disk full"):
-            save(tmp_path, 10, 10.0)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    with largest_file(1000), pytest.raises(UserError, match=r"cannot write .*iter_0000010.*: disk full"):
+        save(tmp_path, 10, 10.0)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["iter_0000005", "latest"]
     assert value_of_newest(tmp_path) == (5, 5.0)
 
@@ -89,7 +85,7 @@ def test_interrupt_while_a_shard_is_written_leaves_nothing_behind(tmp_path: Path
     with pytest.raises(KeyboardInterrupt):
         save(tmp_path, 10, 10.0)
     assert list(tmp_path.iterdir()) == []
-    assert find_latest(tmp_path) is None
+    assert newest_whole(tmp_path) is None
 
 
 def test_negative_control_a_mixture_is_seen(tmp_path: Path) -> None:

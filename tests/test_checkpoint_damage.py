@@ -15,10 +15,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from small_training import newest_whole
 
 from megatron.checkpointing import manifest as manifests
 from megatron.checkpointing.checkpoint import find_whole, load_checkpoint, save_checkpoint
-from megatron.checkpointing.commit import LATEST, find_latest, reap_temporary
+from megatron.checkpointing.commit import LATEST, open_manifest, reap_temporary
 from megatron.checkpointing.manifest import MANIFEST, FileEntry, Manifest, read_manifest
 from megatron.checkpointing.tensors import Piece, read_tensors, write_pieces
 from megatron.checkpointing.verification import verify_checkpoint
@@ -45,7 +46,7 @@ def newest(directory: Path) -> Path:
 
 def rewrite_manifest(path: Path, files: dict[str, FileEntry]) -> None:
     """Put a manifest into place that is sound but for what it says."""
-    (path / MANIFEST).write_bytes(Manifest(10, files).to_bytes())
+    (path / MANIFEST).write_bytes(Manifest(int(path.name.removeprefix("iter_")), files).to_bytes())
 
 
 def describe_again(path: Path) -> None:
@@ -91,9 +92,8 @@ def truncate(directory: Path, name: str, sizes: Iterable[int]) -> None:
     for size in sizes:
         path.write_bytes(original[:size])
         require_named(directory, path)
-        lines: list[str] = []
-        assert find_latest(directory, lines.append) == directory / "iter_0000005"
-        assert name in lines[0] and "iter_0000010" in lines[0]
+        with pytest.raises(UserError, match=name):
+            open_manifest(path.parent)
     path.write_bytes(original)
 
 
@@ -135,7 +135,7 @@ def test_every_deleted_file_is_detected_and_named(directory: Path, name: str) ->
     os.unlink(newest(directory) / name)
     with pytest.raises(UserError, match=name):
         load_checkpoint(newest(directory))
-    assert find_latest(directory) == directory / "iter_0000005"
+    assert newest_whole(directory) == directory / "iter_0000005"
 
 
 def test_message_says_what_was_expected_and_found_and_what_to_do(directory: Path) -> None:
@@ -221,7 +221,7 @@ def test_shard_that_is_no_safetensors_file_is_refused(directory: Path) -> None:
         read_tensors(newest(directory))
 
 
-class _Canary:
+class Canary:
     """Makes a file where it is unpickled."""
 
     def __init__(self, path: Path) -> None:
@@ -234,10 +234,10 @@ class _Canary:
 def test_no_pickle_is_ever_read(directory: Path) -> None:
     sung = directory / "sung"
     for name in (".metadata", "__0_0.distcp", "common.pt"):
-        (newest(directory) / name).write_bytes(pickle.dumps(_Canary(sung)))
-    assert find_latest(directory) == newest(directory)
+        (newest(directory) / name).write_bytes(pickle.dumps(Canary(sung)))
+    assert newest_whole(directory) == newest(directory)
     assert load_checkpoint(newest(directory)).state == {"i": 10}
-    (newest(directory) / SHARD).write_bytes(pickle.dumps(_Canary(sung)))
+    (newest(directory) / SHARD).write_bytes(pickle.dumps(Canary(sung)))
     describe_again(newest(directory))
     with pytest.raises(UserError):
         read_tensors(newest(directory))
@@ -253,7 +253,7 @@ def test_temporary_directories_are_ignored_told_of_and_reaped(directory: Path) -
     (directory / "iter_20.tmp-not-ours").mkdir()
     (directory / "metrics.jsonl").write_text("{}\n")
     lines: list[str] = []
-    assert find_latest(directory, lines.append) == newest(directory)
+    assert newest_whole(directory, lines.append) == newest(directory)
     assert [line.split(":")[0] for line in lines] == [
         str(directory / "iter_0000030.tmp-ffffffff"),
         str(directory / "iter_0000020.tmp-0123abcd"),
@@ -276,26 +276,26 @@ def test_latest_is_only_a_hint(directory: Path, content: bytes | None) -> None:
         os.unlink(directory / LATEST)
     else:
         (directory / LATEST).write_bytes(content)
-    assert find_latest(directory, lines.append) == newest(directory)
+    assert newest_whole(directory, lines.append) == newest(directory)
     assert bool(lines) == (content is not None)
 
 
 def test_interrupted_replacement_is_found_and_finished(directory: Path) -> None:
     aside = directory / "iter_0000010.old-0123abcd"
     os.rename(newest(directory), aside)
-    assert find_latest(directory) == aside
+    assert newest_whole(directory) == aside
     assert load_checkpoint(aside).state == {"i": 10}
     assert reap_temporary(directory) == []
-    assert find_latest(directory) == newest(directory)
+    assert newest_whole(directory) == newest(directory)
     shutil.copytree(newest(directory), aside)
     assert reap_temporary(directory) == [aside]
-    assert find_latest(directory) == newest(directory)
+    assert newest_whole(directory) == newest(directory)
     shutil.copytree(newest(directory), aside)
     (newest(directory) / SHARD).write_bytes(bytes((newest(directory) / SHARD).stat().st_size))
     assert reap_temporary(directory) == [], "the old one is all there is"
     os.unlink(newest(directory) / SHARD)
     assert reap_temporary(directory) == []
-    assert find_latest(directory) == aside
+    assert newest_whole(directory) == aside
 
 
 @pytest.mark.parametrize("fallback", [False, True])
@@ -343,10 +343,11 @@ def test_fallback_is_not_for_a_checkpoint_that_was_named(directory: Path) -> Non
 
 def test_named_checkpoint_that_is_not_whole_is_an_error_not_a_fresh_start(directory: Path) -> None:
     os.unlink(newest(directory) / SHARD)
-    with pytest.raises(UserError, match=SHARD):
-        find_latest(newest(directory))
-    with pytest.raises(UserError, match="there is no such checkpoint"):
-        find_latest(directory / "iter_0000099")
+    for fallback in (False, True):
+        with pytest.raises(UserError, match=SHARD):
+            find_whole(newest(directory), fallback=fallback)
+        with pytest.raises(UserError, match="there is no such checkpoint"):
+            find_whole(directory / "iter_0000099", fallback=fallback)
 
 
 JSON = st.recursive(

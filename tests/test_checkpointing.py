@@ -13,17 +13,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_training import SmallModel, Training
+from small_training import SmallModel, Training, newest_whole
 from torch import Tensor, nn
 
+from megatron import files
+from megatron.arguments import build_parser, parse_config
 from megatron.checkpointing import tensors as shards
-from megatron.checkpointing.checkpoint import check_space, load_checkpoint, save_checkpoint
-from megatron.checkpointing.commit import LATEST, find_latest
+from megatron.checkpointing.checkpoint import check_space, find_whole, load_checkpoint, save_checkpoint
+from megatron.checkpointing.commit import LATEST
 from megatron.checkpointing.rng import capture_rng, restore_rng
 from megatron.checkpointing.state import collect, restore
 from megatron.checkpointing.tensors import own_pieces, read_tensors, write_pieces
+from megatron.distributed.parallelize import parallelize
 from megatron.distributed.world import ALONE
 from megatron.errors import UserError
+from megatron.model.gpt2 import GPT2Model
 
 N = 3
 
@@ -181,11 +185,17 @@ def test_buffers_are_stored_if_they_persist() -> None:
     assert "model.seen" in names and "model.scratch" not in names
 
 
-def test_names_do_not_depend_on_compilation() -> None:
-    model = SmallModel()
-    plain = list(collect(model))
-    model.inner[0] = torch.compile(model.inner[0])
-    assert list(collect(torch.compile(model))) == plain
+def test_names_do_not_depend_on_compilation_and_recomputation() -> None:
+    names = []
+    for flags in ("", "--compile on --recompute-granularity full"):
+        shape = "--num-layers 2 --hidden-size 16 --num-attention-heads 2 --seq-length 8 --train-iters 1"
+        config, _ = parse_config(build_parser(), f"{shape} {flags}".split())
+        with torch.device("meta"):
+            model = GPT2Model(config.model, 64)
+        parallelize(model, ALONE, config.parallel, config.training, print)
+        names.append(list(collect(model)))
+    assert names[0] == names[1]
+    assert "model.blocks.1.mlp.up.weight" in names[0], names[0]
 
 
 def test_names_do_not_depend_on_which_parameters_had_gradients() -> None:
@@ -293,11 +303,26 @@ def test_newest_by_number_not_by_text_or_time(tmp_path: Path) -> None:
         save_checkpoint(
             tmp_path, iteration=iteration, tensors={"x": torch.ones(1)}, state={"low": float("inf")}, config_text=""
         )
-    found = find_latest(tmp_path)
-    assert found is not None and found.name == "iter_12345678"
-    assert load_checkpoint(found).state == {"low": float("inf")}
-    assert find_latest(tmp_path / "iter_0000500") == tmp_path / "iter_0000500"
-    assert find_latest(tmp_path / "nowhere") is None
+    found = find_whole(tmp_path, fallback=False)
+    assert found is not None and found.path.name == "iter_12345678"
+    assert found.state == {"low": float("inf")}
+    assert newest_whole(tmp_path / "iter_0000500") == tmp_path / "iter_0000500"
+    assert newest_whole(tmp_path / "nowhere") is None
+
+
+def test_new_directories_are_on_the_disk_before_anything_is_written_into_them(tmp_path: Path, monkeypatch) -> None:
+    """A power cut must not take away the directory in which a checkpoint stands."""
+    order: list[tuple[str, Path]] = []
+    mkdir, sync = os.mkdir, files.fsync_file
+    monkeypatch.setattr(os, "mkdir", lambda path, *mode: (order.append(("mkdir", Path(path))), mkdir(path, *mode)))
+    monkeypatch.setattr(files, "fsync_file", lambda path: (order.append(("fsync", path)), sync(path)))
+    directory = tmp_path / "runs" / "mine" / "checkpoints"
+    save_checkpoint(directory, iteration=1, tensors={"x": torch.ones(1)}, state={}, config_text="")
+    made = [tmp_path / "runs", tmp_path / "runs/mine", directory]
+    assert order[:6] == [step for path in made for step in (("mkdir", path), ("fsync", path.parent))]
+    assert order[6][0] == "mkdir" and ".tmp-" in order[6][1].name
+    save_checkpoint(directory, iteration=2, tensors={"x": torch.ones(1)}, state={}, config_text="")
+    assert ("fsync", directory.parent) not in order[7:], "only what is new"
 
 
 def test_check_space(tmp_path: Path, monkeypatch) -> None:

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from whole_runs import log_of, toy_corpus
 
 from megatron.arguments import build_parser, parse_config
-from megatron.data.indexed_writer import IndexedDatasetWriter
 from megatron.errors import EXIT_FINISHED, EXIT_STOPPED, UserError
 from megatron.training import stop
 from megatron.training.pretrain import pretrain
@@ -25,7 +25,6 @@ FLAGS = (
     "--seqlen-warmup linear --seqlen-start 8 --seqlen-warmup-iters 10 --train-iters 20 --vocab-size 64 "
     "--save-interval 4 --fixed-micro-batch"
 ).split()
-TIMES = {"seconds", "elapsed_seconds", "tokens_per_second"}
 
 
 class Crash(Exception):
@@ -34,12 +33,7 @@ class Crash(Exception):
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> str:
-    rng = np.random.default_rng(0)
-    prefix = tmp_path_factory.mktemp("corpus") / "toy_text_document"
-    with IndexedDatasetWriter(prefix, np.uint16) as writer:
-        for _ in range(200):
-            writer.add_document(rng.integers(0, 64, 50))
-    return str(prefix)
+    return toy_corpus(tmp_path_factory.mktemp("corpus"), documents=200, tokens=50, vocabulary=64)
 
 
 class Forward:
@@ -64,11 +58,6 @@ def run(corpus: str, home: Path, forward=forward_step, *flags: str) -> int:
     return pretrain(parse_config(build_parser(), argv)[0], model_provider, forward)
 
 
-def log_of(home: Path) -> list[dict]:
-    entries = [json.loads(line, parse_float=str) for line in (home / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in e.items() if k not in TIMES} for e in entries]
-
-
 def poison(*steps: int) -> Forward:
     """The second micro-batch of these steps, counted from the start of the process, is NaN."""
     forward = Forward(lambda step, rows: 1.0)
@@ -80,7 +69,11 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_the_update(corpus, tmp_pa
     home = tmp_path / "run"
     with pytest.raises(UserError, match=r"step 7: loss nan, .* on samples 96 to 111 .*faults/step_0000007"):
         run(corpus, home, poison(7))
-    assert [e["iteration"] for e in log_of(home)] == list(range(1, 7))
+    entries = log_of(home)
+    assert [e["iteration"] for e in entries] == list(range(1, 8))
+    assert (entries[-1]["loss"], entries[-1]["skipped"]) == ("nan", True), "the step that diverged is in the log too"
+    ended = json.loads((home / "exit.json").read_text())
+    assert (ended["status"], ended["iteration"]) == ("diverged", 7) and ended["reason"].startswith("step 7: loss nan")
     written = json.loads((home / "faults/step_0000007.json").read_text())
     assert [entry["sample"] for entry in written["samples"]] == list(range(96, 112))
     assert all(sum(p["length"] for p in entry["pieces"]) == 17 for entry in written["samples"])

@@ -26,7 +26,9 @@ POINTS = {
     "save-next": 50,
     "save-replacing": 60,
     "retention": 60,
+    "background": 60,
     "save-sharded": 80,
+    "background-sharded": 80,
     "preprocess": 35,
     "preprocess-replacing": 35,
     "preprocess-in-parts": 80,
@@ -123,8 +125,8 @@ def state_of(home: Path) -> dict[str, Any]:
 @pytest.mark.faults
 @pytest.mark.timeout(1300)
 def test_fifty_kills_at_random_times_change_nothing(corpus: str, tmp_path: Path) -> None:
-    """With dropout, sequence length warmup, validations and epoch boundaries (steps 16, 32, ...), saves at every second
-    step and deletions. Some of the kills come while the program starts and loads, some while it trains and saves."""
+    """With dropout, both warmups, validations and epoch boundaries (step 18, ...), saves at every second step and
+    deletions. Some of the kills come while the program starts and loads, some while it trains and saves."""
     straight, home = tmp_path / "straight", tmp_path / "run"
     began = time.monotonic()
     process = start(corpus, straight)

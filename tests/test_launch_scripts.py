@@ -46,6 +46,7 @@ for number in (signal.SIGTERM,) if last == "deaf" else (signal.SIGTERM, signal.S
 while last != "finish" and not asked and time.monotonic() < end:
     time.sleep(0.02)
 (here / f"asked-{rank}").write_text(" ".join(asked[:1]))
+(here / f"launcher-{rank}").write_text(os.environ["SIGNALLED_BY"])
 if rank == "0":
     home.mkdir(exist_ok=True)
     (home / "exit.json").write_text(json.dumps({"status": "stopped" if asked else "finished", "iteration": 3}))
@@ -305,6 +306,7 @@ def test_a_signal_makes_every_worker_save_and_stop(tmp_path, trainer, start, nam
     assert process.returncode == 75, output
     assert [(tmp_path / f"asked-{rank}").read_text() for rank in (0, 1)] == ["SIGUSR1"] * 2
     assert f"{name}: asking the run to save and stop" in output
+    assert (tmp_path / "launcher-0").read_text() == "ds_train.sh", "whose SIGUSR1 the workers are to name"
 
 
 def test_workers_that_are_still_starting_hear_of_it_later(tmp_path, trainer, start):

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from full_disk import largest_file
 
 from megatron import metrics
 from megatron.errors import UserError
@@ -161,6 +162,22 @@ def test_tensorboard_by_iteration_and_by_tokens(tmp_path: Path, monkeypatch: pyt
     assert [s.step for s in by_iteration.Scalars("loss/training")] == [1, 2, 3, 4, 5]
     assert [s.step for s in by_tokens.Scalars("loss/training")] == [64, 128, 192, 256, 320]
     assert by_tokens.Scalars("loss/validation")[-1].value == 3.0
+
+
+def test_full_disk_for_tensorboard_is_a_user_error_and_comes_after_what_ended_the_run(tmp_path: Path) -> None:
+    def log(error: type[BaseException] | None, steps: int) -> None:
+        with MetricsLogger(None, tensorboard=True, tensorboard_dir=tmp_path) as logger:
+            for iteration in range(steps):
+                logger.log_validation({"iteration": iteration, "loss": 3.0, "perplexity": 20.0})
+            if error is not None:
+                raise error
+
+    with largest_file(1000):
+        for steps in (20, 500):  # at the end, and at once
+            with pytest.raises(UserError, match=rf"cannot write the run's log {tmp_path}: disk full"):
+                log(None, steps)
+        with pytest.raises(KeyError):
+            log(KeyError, 20)
 
 
 def test_missing_tensorboard_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -17,14 +19,17 @@ from megatron.training.owner import OWNER_FILE, Owner
 
 ROOT = Path(__file__).parents[1]
 HOLD = (
-    "import sys, time; from pathlib import Path; from megatron.training.owner import Owner\n"
-    "with Owner(Path(sys.argv[1]), print):\n    print('held', flush=True); time.sleep(60)\n"
+    "import sys, time; from pathlib import Path; from megatron.training import owner\n"
+    "owner.BEAT_SECONDS = 0.05\n"
+    "with owner.Owner(Path(sys.argv[1]), print):\n    print('held', flush=True); time.sleep(60)\n"
 )
 
 
 @pytest.fixture
 def holder(tmp_path):
-    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
     assert process.stdout is not None
     assert process.stdout.readline() == "held\n"
     yield process
@@ -85,17 +90,31 @@ def test_and_a_heartbeat_too(tmp_path, monkeypatch):
     assert time.monotonic() - started < 4
 
 
-def test_an_owner_notices_that_it_was_taken_over(tmp_path, monkeypatch):
-    monkeypatch.setattr(owner, "BEAT_SECONDS", 0.05)
-    with Owner(tmp_path, print) as mine:
-        mine.check()
-        (tmp_path / OWNER_FILE).write_bytes(entry("elsewhere", 0))
-        deadline = time.monotonic() + 10
-        with pytest.raises(UserError, match="another run has taken it over"):
-            while time.monotonic() < deadline:
-                mine.check()
-                time.sleep(0.01)
-    assert json.loads((tmp_path / OWNER_FILE).read_bytes())["token"] == "theirs", "it is not ours to sign off"
+@pytest.mark.parametrize("theirs", [entry("elsewhere", 0), b""], ids=["at work", "signed off"])
+def test_an_owner_that_was_taken_over_ends_its_process(holder, tmp_path, theirs):
+    """As after a suspension that was longer than the silence that another machine waits for."""
+    path = tmp_path / OWNER_FILE
+    holder.send_signal(signal.SIGSTOP)
+    path.write_bytes(theirs)
+    holder.send_signal(signal.SIGCONT)
+    _, errors = holder.communicate(timeout=30)
+    assert holder.returncode == 1
+    assert errors == (
+        f"error: another run has taken {tmp_path} over, as this one did not move ({path}); the run ends here, its last "
+        "checkpoint stands\n"
+    )
+    assert path.read_bytes() == theirs, "it is not ours to sign off"
+
+
+def test_a_full_disk_is_one_line_and_lets_the_directory_go(tmp_path, monkeypatch):
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"cannot write .*owner\.json: disk full"):
+        patch.setattr(os, "pwrite", full)
+        Owner(tmp_path, print).__enter__()
+    with Owner(tmp_path, print):
+        pass
 
 
 def test_a_beat_is_renewed(tmp_path, monkeypatch):

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from whole_runs import log_of, toy_corpus
 
 from megatron.data.indexed_writer import IndexedDatasetWriter
 
 ROOT = Path(__file__).parents[1]
-TIMES = {"seconds", "elapsed_seconds", "tokens_per_second"}
 MODEL = (
     "--num-layers 2 --hidden-size 32 --num-attention-heads 2 --seq-length 32 --global-batch-size 64 "
     "--micro-batch-size 16 --lr 1e-2 --lr-warmup-iters 4 --split 80,10,10 --eval-iters 1 --eval-interval 7 "
@@ -28,12 +28,7 @@ MODEL = (
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> str:
     """400 documents, 40,000 tokens of a vocabulary of 200; 80% of them are 999 samples: step 17 begins epoch 2."""
-    rng = np.random.default_rng(0)
-    prefix = tmp_path_factory.mktemp("corpus") / "toy_text_document"
-    with IndexedDatasetWriter(prefix, np.uint16) as writer:
-        for _ in range(400):
-            writer.add_document(rng.integers(0, 200, 100))
-    return str(prefix)
+    return toy_corpus(tmp_path_factory.mktemp("corpus"), documents=400, tokens=100, vocabulary=200)
 
 
 def command(corpus: str, *arguments: str) -> list[str]:
@@ -54,12 +49,6 @@ def run(corpus: str, *arguments: str, **kwargs) -> subprocess.CompletedProcess[s
     return subprocess.run(
         command(corpus, *arguments), capture_output=True, text=True, check=False, env=environment, timeout=240, **kwargs
     )
-
-
-def log_of(home: Path) -> list[dict]:
-    """metrics.jsonl without wall times; floats as they are written, which is exact."""
-    entries = [json.loads(line, parse_float=str) for line in (home / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in e.items() if k not in TIMES} for e in entries]
 
 
 def checkpoint_files(home: Path, iteration: int) -> dict[str, bytes]:
@@ -165,6 +154,22 @@ def test_adaptive_pacing_resumed_is_the_same_run(corpus, tmp_path, realisation):
     tokens = [int(e["consumed_tokens"]) for e in log_of(whole) if "seqlen" in e]
     assert lengths[:4] == [8, 8, 8, 16] and lengths == sorted(lengths) and len(set(lengths)) >= 3
     assert tokens[0] == 48 * (8 if realisation == "truncate" else 32)
+
+
+def test_a_validation_that_is_due_is_made_before_the_next_step(corpus, tmp_path):
+    """Stopped in the validation after step 1, twice; then ended after step 2, and made longer."""
+    warmup = "--unset seqlen-warmup-iters --seqlen-warmup adaptive --seqlen-adaptive-step 8 --eval-interval 1".split()
+    whole, home = tmp_path / "whole", tmp_path / "run"
+    assert run(corpus, *warmup, "--train-iters", "5", "--save", str(whole), "--no-test").returncode == 0
+    again = [*warmup, "--save", str(home), "--load", str(home), "--no-test"]
+    for _ in range(2):
+        stopped = run(corpus, *again, "--train-iters", "5", "--exit-duration-in-mins", "1e-9")
+        assert stopped.returncode == 75, stopped.stderr
+        assert [e["iteration"] for e in log_of(home)] == [1]
+    for iterations in ("2", "5"):
+        assert run(corpus, *again, "--train-iters", iterations).returncode == 0
+    assert log_of(home) == log_of(whole)
+    assert [e["seqlen"] for e in log_of(whole) if "seqlen" in e][:3] == [8, 16, 24]
 
 
 def test_adaptive_pacing_needs_a_validation_split(corpus, tmp_path):

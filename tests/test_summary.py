@@ -121,7 +121,7 @@ def test_an_exit_that_is_none_is_named(tmp_path: Path, content: str) -> None:
     write_losses(tmp_path, [2.0])
     (tmp_path / "exit.json").write_text(content)
     with pytest.raises(
-        UserError, match=r'exit\.json: expected \{"status": "finished" or "stopped", .*found .*; delete it$'
+        UserError, match=r'exit\.json: expected \{"status": one of finished, stopped, diverged, .*found .*; delete it$'
     ):
         read_run(tmp_path)
 
@@ -202,3 +202,16 @@ def test_tool_from_another_directory(tmp_path: Path) -> None:
     missing = tool("base", "gone")
     assert missing.returncode == 1 and missing.stderr.startswith("error: gone/metrics.jsonl")
     assert missing.stderr.count("\n") == 1
+
+
+def test_a_run_that_diverged_has_no_loss_at_its_end(tmp_path: Path) -> None:
+    write_losses(tmp_path, [2.0, math.nan])
+    (tmp_path / "exit.json").write_text('{"status": "diverged", "iteration": 2, "reason": "step 2: loss nan"}')
+    with (tmp_path / "metrics.jsonl").open("a") as log:
+        log.write('{"event": "validation", "iteration": 1, "consumed_tokens": 8, "loss": 2.5}\n')
+    run = read_run(tmp_path)
+    summary = summarise(run)
+    assert (run.state.status, summary.first_non_finite) == ("diverged", 2)
+    assert summary.validation_loss is not None and math.isnan(summary.validation_loss)
+    assert summary.best_validation_loss == 2.5
+    assert summary.loss_ratio.max == math.inf

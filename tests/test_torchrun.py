@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
-
-from megatron.data.indexed_writer import IndexedDatasetWriter
+from whole_runs import ENVIRONMENT, free_port, toy_corpus
+from whole_runs import log_of as log_in
 
 ROOT = Path(__file__).parents[1]
-TIMES = {"seconds", "elapsed_seconds", "tokens_per_second"}
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 MODEL = (
     "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 32 --global-batch-size 16 "
     "--micro-batch-size 2 --lr 1e-2 --lr-warmup-iters 4 --split 80,10,10 --eval-iters 1 --eval-interval 7 "
@@ -34,12 +29,7 @@ THREE = "--global-batch-size 12 --batch-size-start 6 --batch-size-increment 3".s
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> str:
-    rng = np.random.default_rng(0)
-    prefix = tmp_path_factory.mktemp("corpus") / "toy_text_document"
-    with IndexedDatasetWriter(prefix, np.uint16) as writer:
-        for _ in range(100):
-            writer.add_document(rng.integers(0, 200, 100))
-    return str(prefix)
+    return toy_corpus(tmp_path_factory.mktemp("corpus"), documents=100, tokens=100, vocabulary=200)
 
 
 def trainer(corpus: str, home: Path, *flags: str) -> list[str]:
@@ -60,9 +50,7 @@ def torchrun(corpus: str, home: Path, ranks: int, *flags: str) -> subprocess.Com
 
 def ranks_by_hand(corpus: str, home: Path, ranks: int, *flags: str) -> list[subprocess.Popen[str]]:
     """Ranks without torchrun, which would notice a death itself."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     environment = ENVIRONMENT | {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
     return [
         subprocess.Popen(
@@ -75,8 +63,7 @@ def ranks_by_hand(corpus: str, home: Path, ranks: int, *flags: str) -> list[subp
 
 
 def log_of(home: Path) -> list[dict]:
-    entries = [json.loads(line) for line in (home / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in e.items() if k not in TIMES} for e in entries]
+    return log_in(home, float)
 
 
 def wait_for_step(home: Path, step: int) -> None:
@@ -98,9 +85,9 @@ def same_numbers(found: list[dict], expected: list[dict]) -> None:
     assert [e["iteration"] for e in found] == [e["iteration"] for e in expected]
     for a, b in zip(found, expected, strict=True):
         for name, value in b.items():
-            if isinstance(value, float):
+            if isinstance(value, float | dict):
                 assert a[name] == pytest.approx(value, rel=1e-4 if name.startswith("adam") else 1e-5), name
-            elif not isinstance(value, dict):
+            else:
                 assert a[name] == value, name
 
 
@@ -226,10 +213,11 @@ def test_a_rank_that_hangs_is_named(corpus, tmp_path):
 @pytest.mark.parametrize(
     ("ranks", "flags", "message"),
     [
-        (2, ["--global-batch-size", "7", "--micro-batch-size", "7"], "--global-batch-size 7 must be a multiple of the"),
+        (2, ["--global-batch-size", "9", "--micro-batch-size", "9", "--batch-size-start", "9"],
+         "--global-batch-size 9 must be a multiple of the 2 data parallel ranks"),
         (2, ["--micro-batch-size", "16"], "--micro-batch-size 16 times the 2 data parallel ranks"),
         (3, ["--tensor-model-parallel-size", "2"], "--tensor-model-parallel-size 2 must divide the number of ranks"),
-        (3, ["--global-batch-size", "2"], "more data parallel ranks (3) than sequences"),
+        (3, ["--global-batch-size", "2", "--batch-size-start", "2"], "more data parallel ranks (3) than sequences"),
         (2, ["--tensor-model-parallel-size", "3"], "must divide --num-attention-heads 4: use 1, 2, 4"),
         (2, ["--tensor-model-parallel-size", "2", "--make-vocab-size-divisible-by", "1", "--vocab-size", "201"],
          "--tensor-model-parallel-size 2 must divide the padded vocabulary, found 201"),
@@ -249,6 +237,8 @@ def test_bad_layouts_and_input_are_one_clear_line(corpus, tmp_path, ranks, flags
     told = [process.communicate(timeout=60)[1] for process in processes]
     assert all(process.returncode == 1 for process in processes)
     assert message in "\n".join(told)
+    speakers = ranks if "--device" in flags else 1  # whether a rank has its device only that rank can tell
+    assert "\n".join(told).count("error: ") == speakers, "one rank speaks for all"
     assert not any("Traceback" in said for said in told)
 
 
@@ -273,9 +263,7 @@ def test_an_environment_that_is_not_torchruns(corpus, tmp_path, environment, mes
 
 def test_two_nodes(corpus, alone, tmp_path):
     """Two torchruns that meet, as two nodes would, with tensor parallelism between them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
     launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--local-addr", "127.0.0.1"]
     program = trainer(corpus, tmp_path / "run", "--tensor-model-parallel-size", "2")

@@ -48,9 +48,17 @@ def temporary_directory(directory: Path, iteration: int) -> Path:
     """Create an empty directory in which to write the checkpoint of `iteration`."""
     temporary = directory / f"{directory_name(iteration)}.tmp-{secrets.token_hex(4)}"
     with file_errors("write", temporary):
-        directory.mkdir(parents=True, exist_ok=True)
+        make_directory(directory)
         temporary.mkdir()
     return temporary
+
+
+def make_directory(path: Path) -> None:
+    """Make the directory `path` and what is missing above it, each name brought to the disk. Raises OSError."""
+    if not path.is_dir():
+        make_directory(path.parent)
+        path.mkdir(exist_ok=True)
+        fsync_directory(path.parent)
 
 
 def publish(temporary: Path, final: Path) -> None:
@@ -58,7 +66,7 @@ def publish(temporary: Path, final: Path) -> None:
 
     A checkpoint that already stands there is left alone if it is the same and whole; otherwise it steps aside,
     and is deleted only when the new one has its name. Raises UserError; whatever fails, and wherever a crash
-    comes, `find_latest` gives the one or the other, whole.
+    comes, one of the two is found under `final` or its `.old-` name, whole.
     """
     surplus = None
     if not os.path.lexists(final):
@@ -144,24 +152,6 @@ def named_checkpoints(directory: Path, report: Report = lambda line: None) -> li
         newest = found[0].name if found else None
         report(f"{directory / LATEST}: ignored, it names {hint!r}, the newest checkpoint there is {newest}")
     return found
-
-
-def find_latest(directory: Path, report: Report = lambda line: None) -> Path | None:
-    """The whole checkpoint of the highest iteration in `directory`, or None; `directory` may itself be one.
-
-    Whole means: a sound manifest, and every file there with its size (`load_checkpoint` reads the content too).
-    `report` gets a line for each temporary or broken directory passed over. Raises UserError where `directory`
-    cannot be read, or is itself a checkpoint that is not whole.
-    """
-    for path in named_checkpoints(directory, report):
-        try:
-            open_manifest(path)
-            return path
-        except UserError as error:
-            if path == directory:
-                raise
-            report(f"{path}: ignored, not whole: {error}")
-    return None
 
 
 def set_aside_newer(directory: Path, iteration: int, report: Report = lambda line: None) -> None:

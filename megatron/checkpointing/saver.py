@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -16,6 +17,9 @@ from megatron.checkpointing.commit import retain
 from megatron.checkpointing.tensors import Piece, own_pieces
 from megatron.distributed.world import World
 from megatron.errors import UserError
+
+_GLOO_SOURCE = re.compile(r"^\[\S+\] ")
+"""File and line in gloo, with which its messages begin; advice on reporting bugs follows their first sentence."""
 
 
 class Saver:
@@ -118,7 +122,8 @@ class Saver:
                     group,
                 )
         except RuntimeError as error:  # gloo's, for a rank that is gone
+            why = _GLOO_SOURCE.sub("", str(error)).partition("\n")[0].partition(". ")[0]
             raise UserError(
-                f"cannot save step {iteration:,} to {self._directory}: another rank is gone ({error}); "
+                f"cannot save step {iteration:,} to {self._directory}: another rank is gone ({why}); "
                 "what was saved before is whole, go on from it with --load"
             ) from error

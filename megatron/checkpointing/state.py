@@ -21,7 +21,6 @@ from megatron.errors import UserError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STEP = "step"
-_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 _LISTED = 8
 
 
@@ -84,12 +83,12 @@ def _table(
     model: nn.Module, optimizer: Optimizer | None
 ) -> tuple[dict[str, Tensor], dict[nn.Parameter, dict[str, Tensor]]]:
     """The flat table, and the states made for parameters of which the optimizer remembers nothing yet."""
-    names = {parameter: _plain(name) for name, parameter in model.named_parameters()}
+    names = {parameter: name for name, parameter in model.named_parameters()}
     table: dict[str, Tensor] = {f"model.{name}": parameter.detach() for parameter, name in names.items()}
     persistent = model.state_dict(keep_vars=True)
     for name, buffer in model.named_buffers():
         if name in persistent:
-            table[f"model.{_plain(name)}"] = buffer.detach()
+            table[f"model.{name}"] = buffer.detach()
     fresh: dict[nn.Parameter, dict[str, Tensor]] = {}
     for group in optimizer.param_groups if optimizer is not None else ():
         for parameter in group["params"]:
@@ -109,13 +108,6 @@ def _first_state(parameter: nn.Parameter, group: dict[str, object]) -> dict[str,
     on_device = bool(group.get("fused") or group.get("capturable"))
     step = torch.zeros((), dtype=torch.float32, device=parameter.device if on_device else "cpu")
     return {STEP: step} | {key: torch.zeros_like(parameter, requires_grad=False) for key in MOMENTS}
-
-
-def _plain(name: str) -> str:
-    """`name` without the parts that torch.compile and activation checkpointing put into it."""
-    for part in _WRAPPERS:
-        name = name.replace(part, "")
-    return name
 
 
 def _describe(shape: torch.Size, dtype: torch.dtype) -> str:

@@ -19,17 +19,18 @@ from megatron.instability.statistics import Correlation, FloatArray, pearson, sm
 from megatron.metrics import METRICS_FILE, json_safe, read_lines
 
 EXIT_FILE = "exit.json"
-"""Beside the log, where a run has ended in order: {"status": "finished" or "stopped", "iteration", "reason"}."""
+"""Beside the log, where a run did not just die: {"status": one of ENDS, "iteration", "reason"}."""
+ENDS = ("finished", "stopped", "diverged")
 
 
 @dataclass(frozen=True)
 class RunState:
     """Whether a run goes on."""
 
-    status: Literal["finished", "stopped", "running"]
-    """Running: it has not ended in order, so that it goes on or has died; `silent` tells which is likely."""
+    status: Literal["finished", "stopped", "diverged", "running"]
+    """Diverged: a loss or gradient that was not finite ended it. Running: it has not ended in order, so that it goes on or has died; `silent` tells which is likely."""
     reason: str | None = None
-    """Why it was stopped."""
+    """Why it was stopped, or how it diverged."""
     silent: float | None = None
     """Seconds since a running one last wrote to its log."""
 
@@ -220,7 +221,9 @@ def summarise(run: Run) -> RunSummary:
     broken = run.step("iteration")[~np.isfinite(run.step("loss"))]
     ratio = _ratios(run, "loss_ratio")
     losses = run.validation("loss")
-    loss, best = _last(losses, finite=False), _reduce(np.min, losses)
+    # A run that diverged has no loss at its end, whatever its last validation before that was.
+    loss = math.nan if run.state.status == "diverged" else _last(losses, finite=False)
+    best = _reduce(np.min, losses)
     test_loss = _last(run.tests.get("loss", np.empty(0)), finite=False)
     validated = _last(run.validation("consumed_tokens"))
     return RunSummary(
@@ -333,8 +336,8 @@ def _state(log: Path) -> RunState:
         status, reason = entry["status"], entry["reason"]
     except (ValueError, TypeError, KeyError, RecursionError):
         status = reason = None
-    if status not in ("finished", "stopped") or not isinstance(reason, str | None):
+    if status not in ENDS or not isinstance(reason, str | None):
         raise UserError(
-            f'{path}: expected {{"status": "finished" or "stopped", ...}}, found {content[:60]!r}; delete it'
+            f'{path}: expected {{"status": one of {", ".join(ENDS)}, ...}}, found {content[:60]!r}; delete it'
         )
     return RunState(status, reason)

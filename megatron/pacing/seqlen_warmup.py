@@ -106,7 +106,8 @@ class AdaptivePacing:
 
     def __init__(self, config: SeqlenWarmupConfig, limit: float) -> None:
         self._tolerance = config.seqlen_adaptive_tolerance
-        self._on = config.seqlen_warmup == "adaptive"
+        self.on = config.seqlen_warmup == "adaptive"
+        """Whether this is the run's pacing."""
         self._limit = limit
         self.least_validation_loss = inf
         self.largest_ratio = 0.0
@@ -119,7 +120,7 @@ class AdaptivePacing:
 
     def validated(self, progress: Progress, loss: float) -> None:
         """Decide after a validation, and lengthen by raising `progress.seqlen_level`."""
-        if not self._on:
+        if not self.on:
             return
         calm = self.largest_ratio <= self._limit
         if calm and loss <= (1 + self._tolerance) * self.least_validation_loss:

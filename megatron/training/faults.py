@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 
+from megatron.checkpointing.commit import make_directory
 from megatron.checkpointing.saver import Saver
 from megatron.config import Config
 from megatron.console import ProgressLine
 from megatron.data.gpt2_dataset import Dataset
 from megatron.distributed.world import World
-from megatron.files import write_atomic
+from megatron.errors import UserError
+from megatron.files import file_errors, write_atomic
 from megatron.metrics import MetricsLogger, json_safe
 from megatron.pacing.plan import StepPlan
 from megatron.training.home import find_checkpoint, take_over
@@ -47,12 +49,9 @@ class FaultHandler:
         self._metrics = metrics
         self._console = console
 
-    def nonfinite(self, plan: StepPlan, first: int, error: NonFiniteError) -> None:
-        """Write the step's batch down; end the run, unless --on-nonfinite skip still allows to go on.
-
-        Raises:
-            UserError: on every rank.
-        """
+    def nonfinite(self, plan: StepPlan, first: int, error: NonFiniteError) -> UserError | None:
+        """Write the step's batch down. What the run is to end with when the step is logged; None where
+        --on-nonfinite skip still allows to go on."""
         faults, iteration = self._config.faults, self._state.progress.iteration + 1
         self._state.nonfinite_steps += 1
         last = first + plan.global_batch_size - 1
@@ -65,13 +64,14 @@ class FaultHandler:
             facts = {"fault": str(error), "seqlen": plan.seqlen, "lr": plan.lr}
             where = self._record(iteration, first, plan.global_batch_size, facts)
         if faults.on_nonfinite == "stop":
-            raise self._world.fault(f"{what}{where}. Lower --lr, lengthen the warmups, or go back to a checkpoint")
+            return self._world.fault(f"{what}{where}. Lower --lr, lengthen the warmups, or go back to a checkpoint")
         if self._state.nonfinite_steps >= faults.nonfinite_limit:
-            raise self._world.fault(
+            return self._world.fault(
                 f"{what}{where}; that is --nonfinite-limit {faults.nonfinite_limit} steps in a row. "
                 "Lower --lr, lengthen the warmups, or go back to a checkpoint"
             )
         self._console.message(f"{what}, skipped{where}")
+        return None
 
     def _record(self, iteration: int, first: int, sequences: int, facts: dict[str, Any]) -> str:
         """Write the samples of a step into the run's directory; a clause that says where."""
@@ -92,9 +92,7 @@ class FaultHandler:
         end = first + plan.global_batch_size
         iteration = state.progress.iteration
         entry = {
-            "iteration": iteration,
-            "consumed_samples": state.progress.consumed_samples,
-            "consumed_tokens": state.progress.consumed_tokens,
+            **state.progress.position(),
             "loss_ratio": ratio,
             "samples": [first, end],
         }
@@ -119,7 +117,7 @@ class FaultHandler:
             return
         skipped = sorted([*state.skipped_samples, spike["samples"]])
         take_over(state, checkpoint, self._config, self._world)
-        state.skipped_samples, state.validation_due = skipped, False
+        state.skipped_samples = skipped
         self._world.on_main(
             lambda: self._metrics.truncate_to(state.progress.iteration, consumed_tokens=state.progress.consumed_tokens)
         )
@@ -145,7 +143,8 @@ def record_batch(
     samples = [{"sample": n, "pieces": [asdict(piece) for piece in dataset.documents_of(n)]} for n in numbers]
     tokens = BytesIO()
     np.save(tokens, dataset.samples(np.array(numbers, dtype=np.int64)).astype(np.int32), allow_pickle=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with file_errors("write", path):
+        make_directory(path.parent)
     write_atomic(path.with_suffix(".npy"), tokens.getvalue())
     write_atomic(path, json.dumps(json_safe({"iteration": iteration, **facts, "samples": samples})) + "\n")
     return path

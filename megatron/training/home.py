@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from megatron.arguments import to_yaml
-from megatron.checkpointing.checkpoint import Checkpoint, check_space, find_whole
+from megatron.checkpointing.checkpoint import STATE, Checkpoint, check_space, find_whole
 from megatron.checkpointing.commit import (
     CHECKPOINTS,
     checkpoints_in,
@@ -25,7 +26,8 @@ from megatron.metrics import METRICS_FILE
 from megatron.training.state import NEEDED_BY_WEIGHTS, TrainState, check_settings
 
 EXIT_FILE = "exit.json"
-"""How a run that ended in order did: {"status": "finished" or "stopped", "iteration", "reason"}. Launchers read it."""
+"""How a run ended: {"status": "finished", "stopped" (and saved) or "diverged", "iteration", "reason"}. Launchers read
+it; a run that died left none."""
 
 
 def check_homes(config: CheckpointConfig) -> None:
@@ -83,6 +85,8 @@ def resume(
     """Take over a checkpoint, by whatever layout it was saved."""
     options, path = config.checkpoint, checkpoint.path
     guarded = {n: v for n, v in settings.items() if n in NEEDED_BY_WEIGHTS} if options.finetune else settings
+    whole = state.to_dict({}, layout="", rng=None).keys()
+    require_state(checkpoint, {"settings"} if options.finetune else whole, world)
     for line in world.everywhere(
         lambda: check_settings(checkpoint.state["settings"], guarded, options.override, str(path))
     ):
@@ -99,6 +103,21 @@ def resume(
             "dropout are not: not bit for bit"
         )
     take_over(state, checkpoint, config, world)
+
+
+def require_state(checkpoint: Checkpoint, needed: Collection[str], world: World) -> None:
+    """Refuse a checkpoint whose state lacks a `needed` part: one of an older version, as no file of it is damaged.
+
+    Raises:
+        UserError: on every rank.
+    """
+    missing = sorted(set(needed) - checkpoint.state.keys())
+    if missing:
+        version = checkpoint.state.get("versions", {}).get("megatron", "unknown")
+        raise world.fault(
+            f"{checkpoint.path / STATE}: expected {', '.join(missing)}, found none: it was saved by an older trainer "
+            f"(version {version}); finish that run with it, or take the weights alone with --finetune"
+        )
 
 
 def take_over(state: TrainState, checkpoint: Checkpoint, config: Config, world: World) -> None:
@@ -147,6 +166,6 @@ def stop_file(config: Config, world: World) -> Path | None:
 
 
 def write_exit(home: Path, status: str, iteration: int, reason: str | None) -> None:
-    """Note in SAVE/exit.json that the run has ended in order, and how."""
+    """Note in SAVE/exit.json how the run has ended: finished, stopped (saved, to go on) or diverged."""
     entry = {"status": status, "iteration": iteration, "reason": reason}
     write_atomic(home / EXIT_FILE, json.dumps(entry) + "\n")

@@ -15,6 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from megatron.checkpointing.commit import make_directory
+from megatron.distributed.watch import leave
 from megatron.errors import UserError
 from megatron.files import file_errors
 
@@ -29,7 +31,8 @@ class Owner:
     """Holds `directory` from entering to leaving: a lock of the system's, and an entry that is renewed.
 
     The lock ends with its process, and tells at once whether an owner on this machine, or on any that shares the lock,
-    is alive. Where machines share files but not locks, the entry tells, after a while.
+    is alive. Where machines share files but not locks, the entry tells, after a while. An owner that finds another's
+    entry, as after a long suspension there, ends its process.
     """
 
     def __init__(self, directory: Path, report: Callable[[str], None]) -> None:
@@ -38,19 +41,18 @@ class Owner:
         self._file: int | None = None
         self._entry: dict[str, Any] = {}
         self._done = threading.Event()
-        self._lost = False
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Owner:
         """Raises UserError that names the owner, where there is one."""
         with file_errors("write", self._path):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
+            make_directory(self._path.parent)
             self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            self._take(self._file)
-        except BaseException:
-            os.close(self._file)
-            raise
+            try:
+                self._take(self._file)
+            except BaseException:
+                os.close(self._file)
+                raise
         self._thread = threading.Thread(target=self._renew, args=(self._file,), name="owner", daemon=True)
         self._thread.start()
         return self
@@ -65,11 +67,6 @@ class Owner:
         if self._read(self._file).get("token") == self._entry["token"]:
             os.ftruncate(self._file, 0)
         os.close(self._file)
-
-    def check(self) -> None:
-        """Raise UserError where another process has taken the directory over, as this one seemed dead."""
-        if self._lost:
-            raise UserError(f"{self._path.parent}: another run has taken it over ({self._path}); this one ends here")
 
     def _take(self, file: int) -> None:
         try:
@@ -101,8 +98,8 @@ class Owner:
         while not self._done.wait(BEAT_SECONDS):
             with contextlib.suppress(OSError):  # a full disk is the checkpoints' to report
                 if self._read(file).get("token") != self._entry["token"]:
-                    self._lost = True
-                    return
+                    # Nothing may be written any more, neither log nor checkpoint: whatever the main thread is doing.
+                    leave(f"another run has taken {self._path.parent} over, as this one did not move ({self._path})")
                 self._entry["beat"] += 1
                 self._write(file)
 

@@ -33,7 +33,7 @@ from megatron.optimizer.moment_statistics import MomentStatistics, moment_statis
 from megatron.pacing.plan import Schedules, StepPlan
 from megatron.progress import crossed
 from megatron.training.description import describe, target_tokens
-from megatron.training.evaluation import evaluate
+from megatron.training.evaluation import EvaluationResult, evaluate
 from megatron.training.faults import FaultHandler
 from megatron.training.home import (
     check_homes,
@@ -200,14 +200,18 @@ class Run:
         schedules, state = self.schedules, self.state
         if self._world.device.type == "cuda" and not schedules.finished(state.progress):
             self._train_step.reserve_memory(self._largest_batch())
-        if state.validation_due:
-            self._validate()
         while not schedules.finished(state.progress):
+            if state.validation_due:  # a stop has cut it short, before this process or a rollback to its checkpoint
+                self._validate(logged="validation" in self._logged())
+                self.save()
+                if reason := self._stop_reason():
+                    return self._stopped(reason)
             before = replace(state.progress)
             self.step(schedules.plan(state.progress))
+            state.validation_due |= crossed(self.config.evaluation.interval(), before, state.progress)
             if schedules.finished(state.progress):
                 break
-            if crossed(self.config.evaluation.interval(), before, state.progress):
+            if state.validation_due:
                 self._validate()
             if crossed(self.config.checkpoint.interval(), before, state.progress):
                 self.save()
@@ -219,9 +223,15 @@ class Run:
     def _finish(self) -> int:
         """Save the end of the run, then evaluate what the log does not hold yet: a rerun completes what was cut off."""
         self._console.print_last()
+        # Adaptive pacing has yet to hear of a validation that is due, should the run be made longer; the others need it
+        # only for the log.
+        self.state.validation_due &= self.state.adaptive.on
         self.save()
-        done = self._world.on_main(lambda: sorted(self._metrics.events_at(self.state.progress.iteration)))
-        if "validation" not in done:
+        done = self._logged()
+        if self.state.validation_due:
+            self._validate(logged="validation" in done)
+            self.save()
+        elif "validation" not in done:
             self._evaluate(self._datasets.validation, "validation")
         if self.config.evaluation.test and "test" not in done:
             self._evaluate(self._datasets.test, "test")
@@ -245,6 +255,9 @@ class Run:
         """Note in SAVE/exit.json that, and how, the run has ended in order, when all of it is on the disk."""
         self._watch.at("the last save")
         self._saver.wait()
+        self._note_end(status, reason)
+
+    def _note_end(self, status: str, reason: str | None) -> None:
         if self.config.checkpoint.save is not None:
             home, iteration = Path(self.config.checkpoint.save), self.state.progress.iteration
             self._world.on_main(lambda: write_exit(home, status, iteration, reason))
@@ -260,12 +273,13 @@ class Run:
         samples = self._loader.batch(first, batch, *ranks)
         if not self.schedules.finished(later := self.schedules.after(progress, plan)):
             self._loader.prefetch(first + batch, self.schedules.plan(later).global_batch_size, *ranks)
+        fatal = None
         try:
             asked = self._stop.reason is not None or self._saver.failed  # which the save at the stop then raises
             result = self._train_step(self._batch(samples), plan, stop_asked=asked)
             state.nonfinite_steps = 0
         except NonFiniteError as error:
-            self._faults.nonfinite(plan, first, error)
+            fatal = self._faults.nonfinite(plan, first, error)
             result = error.result
         self._stop_asked = result.stop_asked
         self.schedules.advance(progress, plan)
@@ -275,6 +289,9 @@ class Run:
         seconds = time.monotonic() - started
         state.training_seconds += seconds
         ratio = self._log(plan, result, moments, seconds)
+        if fatal is not None:
+            self._note_end("diverged", str(fatal))
+            raise fatal
         self._faults.look_for_spike(plan, first, ratio)
 
     def _log(
@@ -286,9 +303,7 @@ class Run:
         matched = state.matched_ratio.update(result.bucket_losses, result.bucket_tokens)
         state.adaptive.trained(matched)
         entry: dict[str, Any] = {
-            "iteration": progress.iteration,
-            "consumed_samples": progress.consumed_samples,
-            "consumed_tokens": progress.consumed_tokens,
+            **progress.position(),
             "seqlen": plan.seqlen,
             "global_batch_size": plan.global_batch_size,
             "lr": plan.lr,
@@ -312,15 +327,24 @@ class Run:
         ratio: float | None = entry["loss_ratio"]
         return ratio
 
-    def _validate(self) -> None:
-        """Validate between two steps; where a stop cuts it short, a resume begins with it."""
-        self.state.validation_due = not self._evaluate(self._datasets.validation, "validation")
-        self._stop_asked |= self.state.validation_due
+    def _logged(self) -> list[str]:
+        """The evaluations of this step that the log holds. It is read whole: not for every step."""
+        return self._world.on_main(lambda: sorted(self._metrics.events_at(self.state.progress.iteration)))
 
-    def _evaluate(self, dataset: Dataset | None, event: str) -> bool:
-        """Loss at full length, logged; nothing where there is no such split. False where a stop cut it short."""
+    def _validate(self, *, logged: bool = False) -> None:
+        """Validate after a step; where a stop cuts it short it stays due, and a resume begins with it."""
+        state, validated = self.state, self._evaluate(self._datasets.validation, "validation", logged=logged)
+        if validated is not None:
+            state.adaptive.validated(state.progress, validated.loss)
+        state.validation_due = validated is None and self._datasets.validation is not None
+        self._stop_asked |= state.validation_due
+        self._saved_iteration = None  # what a checkpoint of this step would hold has changed
+
+    def _evaluate(self, dataset: Dataset | None, event: str, *, logged: bool = False) -> EvaluationResult | None:
+        """Loss at full length, into the log unless it is there; None without such a split, or where a stop cut it
+        short."""
         if dataset is None:
-            return True
+            return None
         self._watch.at(f"{event} after step {self.state.progress.iteration:,}")
         result = evaluate(
             self.state.model,
@@ -333,21 +357,18 @@ class Run:
             interrupted=self._interrupted,
         )
         if result is None:
-            return False
+            return None
         progress = self.state.progress
         entry = {
-            "iteration": progress.iteration,
-            "consumed_samples": progress.consumed_samples,
-            "consumed_tokens": progress.consumed_tokens,
+            **progress.position(),
             **result.to_dict(),
             "seconds": self.state.training_seconds,
             "elapsed_seconds": self._elapsed(),
         }
-        self._metrics.log_validation(entry, event=event)
-        if event == "validation":
-            self.state.adaptive.validated(progress, result.loss)
+        if not logged:
+            self._metrics.log_validation(entry, event=event)
         self._console.validation(entry, event=event)
-        return True
+        return result
 
     def save(self) -> None:
         """Save a checkpoint of this step, unless there is one or no --save was given."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from pathlib import Path
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALLED_BY = "SIGNALLED_BY"
+"""Environment variable with the name of a launcher that passes every signal on as SIGUSR1, whichever it got itself."""
 POLL_SECONDS = 1.0
 """How often the stop file is looked for: on some file systems that takes milliseconds."""
 
@@ -58,3 +61,5 @@ class StopRequest:
         if self._interrupts > 1:
             raise KeyboardInterrupt
         self._reason = signal.Signals(number).name
+        if number == signal.SIGUSR1 and SIGNALLED_BY in os.environ:
+            self._reason += f" from {os.environ[SIGNALLED_BY]}"
