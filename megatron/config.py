@@ -134,16 +134,18 @@ class SeqlenWarmupConfig:
 
     def adaptive_step(self, seq_length: int) -> int:
         """Tokens by which adaptive pacing lengthens: rounded up to the multiple where it is the default."""
+        if self.seqlen_adaptive_step is not None:
+            return self.seqlen_adaptive_step
         multiple = self.seqlen_multiple
-        return self.seqlen_adaptive_step or multiple * max(1, -(-(seq_length - self.seqlen_start) // (16 * multiple)))
+        return multiple * max(1, -(-(seq_length - self.seqlen_start) // (16 * multiple)))
 
     def check(self, seq_length: int) -> None:
         """Raise UserError unless this pacing leads from its start to `seq_length`."""
         pacing, multiple = self.seqlen_warmup, self.seqlen_multiple
+        require(multiple >= 1, f"--seqlen-multiple {multiple} must be at least 1")
         self._check_owners()
         if pacing == "none":
             return
-        require(multiple >= 1, f"--seqlen-multiple {multiple} must be at least 1")
         require(
             seq_length % multiple == 0,
             f"--seq-length {seq_length} must be a multiple of --seqlen-multiple {multiple}, else it is never reached",
@@ -171,18 +173,17 @@ class SeqlenWarmupConfig:
             "seqlen_warmup_tokens": ("linear", "root"),
             "seqlen_stages": ("discrete",),
             "seqlen_cycle": ("mixed",),
+            "seqlen_stages_unit": ("discrete", "mixed"),
             "seqlen_adaptive_step": ("adaptive",),
+            "seqlen_adaptive_tolerance": ("adaptive",),
+            "seqlen_realisation": ("linear", "root", "discrete", "mixed", "adaptive"),
         }
         for name, pacings in owners.items():
             flag, pacing = "--" + name.replace("_", "-"), self.seqlen_warmup
-            if getattr(self, name) is None or pacing in pacings:
+            if getattr(self, name) == getattr(SeqlenWarmupConfig, name) or pacing in pacings:
                 continue
             require(pacing != "none", f"{flag} has no effect without --seqlen-warmup; choose one or drop it")
             raise UserError(f"{flag} goes with --seqlen-warmup {' or '.join(pacings)}, not {pacing}")
-        require(
-            self.seqlen_warmup != "none" or self.seqlen_realisation == "truncate",
-            f"--seqlen-realisation {self.seqlen_realisation} has no effect without --seqlen-warmup; drop it",
-        )
 
     def _check_lengths(self, flag: str, text: str | None, lengths: list[int], seq_length: int) -> None:
         for value in lengths:
@@ -263,6 +264,10 @@ class BatchSizeWarmupConfig:
         for name, value in given.items():
             flag, owner = "--" + name.replace("_", "-"), "stages" if name == "batch_size_stages" else "linear"
             require(value is None or warmup == owner, f"{flag} has no effect without --batch-size-warmup {owner}")
+        require(
+            increment == BatchSizeWarmupConfig.batch_size_increment or warmup == "linear",
+            f"--batch-size-increment {increment} has no effect without --batch-size-warmup linear",
+        )
         if warmup == "stages":
             require(self.batch_size_stages is not None, "--batch-size-warmup stages needs --batch-size-stages")
             sizes, ends = self.stages()

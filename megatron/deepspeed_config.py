@@ -70,7 +70,7 @@ class DeepSpeedConfig:
 
     path: Path
     settings: dict[str, Any]
-    """Field of config.py -> value. A curriculum, enabled or not, sets all fields of the sequence length warmup."""
+    """Field of config.py -> value. A curriculum, enabled or not, sets all that makes the sequence length warmup."""
     seq_length: int | None
     """Length that the curriculum leads to; None without one."""
     notes: list[str]
@@ -109,7 +109,9 @@ def read_deepspeed_config(path: Path) -> DeepSpeedConfig:
             notes.append(f"{document.name}: zero_optimization.stage 1 is read as 2, which shares out gradients too")
     if document.has("curriculum_learning"):
         warmup, full_length = _curriculum(document)
-        settings |= asdict(warmup)
+        # How a sample is made short is no matter of the schedule, unless there is none.
+        kept = {"seqlen_realisation"} if full_length is not None else set()
+        settings |= {name: value for name, value in asdict(warmup).items() if name not in kept}
     if ignored := document.ignored():
         notes.append(f"{document.name}: ignored: {', '.join(ignored)}")
     return DeepSpeedConfig(path, settings, full_length, notes)

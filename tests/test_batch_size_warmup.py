@@ -83,6 +83,7 @@ def test_a_run_draws_what_its_steps_say_and_ends_by_tokens():
         ({"batch_size_stages": "4:9,64"}, "--batch-size-stages has no effect without --batch-size-warmup stages"),
         ({"batch_size_warmup": "none", "batch_size_start": 4}, "--batch-size-start has no effect without"),
         ({"batch_size_warmup": "none", "batch_size_warmup_samples": 4}, "--batch-size-warmup-samples has no effect"),
+        ({"batch_size_warmup": "none", "batch_size_increment": 7}, "--batch-size-increment 7 has no effect"),
         ({"batch_size_warmup": "stages"}, "needs --batch-size-stages"),
         ({"batch_size_warmup": "stages", "batch_size_stages": "4:9,32"}, "last stage must be --global-batch-size 64"),
         ({"batch_size_warmup": "stages", "batch_size_stages": "4:9,8:9,64"}, "must rise, found"),

@@ -139,7 +139,12 @@ def test_steps_after_a_gap_in_the_log_are_left_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("lengths", "found"), [([256] * 40, "found 39 of 1"), ([64] * 4 + [256] * 4, "found 7 of 2"), ([], "found 0 of 0")]
+    ("lengths", "found"),
+    [
+        ([256] * 40, "found 39 steps of 1 sizes"),
+        ([64] * 4 + [256] * 4, "found 7 steps of 2 sizes"),
+        ([], "found 0 steps of 0 sizes"),
+    ],
 )
 def test_a_log_that_cannot_tell_a_from_b(tmp_path: Path, lengths: list[int], found: str) -> None:
     path = write_log(tmp_path, lengths, times(lengths)) / "metrics.jsonl"

@@ -189,7 +189,11 @@ def test_what_is_not_truncated_counts_all_tokens(realisation):
         (BARE | {"seqlen_warmup": "mixed", "seqlen_cycle": "12:1,1024:1"}, "length 12 must be a multiple"),
         (BARE | {"seqlen_warmup": "adaptive", "seqlen_adaptive_step": 12}, "--seqlen-adaptive-step 12 must be"),
         (BARE | {"seqlen_warmup": "adaptive", "seqlen_adaptive_tolerance": -0.1}, "must not be negative"),
-        (BARE | {"seqlen_warmup": "none", "seqlen_realisation": "window"}, "--seqlen-realisation window has no"),
+        (BARE | {"seqlen_warmup": "adaptive", "seqlen_adaptive_step": 0}, "--seqlen-adaptive-step 0 must be"),
+        ({"seqlen_stages_unit": "tokens"}, "--seqlen-stages-unit goes with --seqlen-warmup discrete or mixed, not lin"),
+        ({"seqlen_adaptive_tolerance": 0.5}, "--seqlen-adaptive-tolerance goes with --seqlen-warmup adaptive"),
+        (BARE | {"seqlen_warmup": "none", "seqlen_multiple": 0}, "--seqlen-multiple 0 must be at least 1"),
+        (BARE | {"seqlen_warmup": "none", "seqlen_realisation": "window"}, "--seqlen-realisation has no effect without"),
         ({"seqlen_warmup": "discrete", "seqlen_warmup_iters": None}, "needs --seqlen-stages"),
         (
             {"seqlen_warmup": "discrete", "seqlen_stages": "8:1,1024"},

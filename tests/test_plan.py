@@ -3,12 +3,15 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from megatron.arguments import build_parser, parse_config
+from megatron.config import SeqlenWarmupConfig
 from megatron.model.plan import plan_table, plan_totals
+from megatron.pacing.plan import lr_warmup_iterations, plan_run, reaches_full_length
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "recipes"
@@ -71,3 +74,13 @@ def test_adaptive_pacing_is_said_to_be_planned_at_its_fastest():
     assert totals["full_length_iteration"] == 15, "seven times longer, each time after two steps"
     plain, _ = parse_config(build_parser(), ["--train-iters", "2"])
     assert "as if" not in plan_table(plain, plan_totals(plain))
+
+
+def test_the_walks_of_the_tuner_end_where_they_know():
+    """Against the whole plan, for a warmup in tokens that pacing makes longer."""
+    config, _ = parse_config(build_parser(), ["--config", str(RECIPES / "gpt2-117m-b512-slw60k.yaml")])
+    short = replace(config, training=replace(config.training, train_tokens=5 * 10**9))
+    planned = plan_run(short)
+    assert lr_warmup_iterations(short) == planned.lr_warmup_iterations == 3000
+    assert reaches_full_length(short) is (planned.full_length_iteration is not None) is False
+    assert reaches_full_length(replace(short, seqlen_warmup=SeqlenWarmupConfig()))

@@ -146,3 +146,8 @@ def test_a_report_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot create the directory of .*file/report\.html"):
         write_report(tmp_path / "file" / "report.html", [], [])
+
+
+def test_a_directory_is_no_report(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--html .* is a directory: name a file in it"):
+        write_report(tmp_path, [], [])

@@ -17,7 +17,7 @@ from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from the source tree, installed or not
 
-from megatron.arguments import Parser, build_parser, field_docs, flat, parse_config
+from megatron.arguments import Parser, build_parser, field_docs, parse_config
 from megatron.errors import EXIT_FINISHED, EXIT_STOPPED, UserError, run
 from megatron.instability.trials import Tuner
 from megatron.instability.tuning import Criterion, SearchOptions
@@ -64,15 +64,16 @@ def main() -> int:
         raise UserError("--output DIR is needed: where trials, journal and results go")
     if not arguments.config:
         raise UserError("--config RECIPE is needed: the run to be tuned")
-    on_command_line = vars(parser.parse_known(sys.argv[1:]))
+    try:
+        launcher = shlex.split(arguments.launcher)
+    except ValueError as error:
+        raise UserError(f"--launcher {arguments.launcher}: {error}") from None
     tuner = Tuner(
         config=config,
-        recipes=tuple(Path(recipe) for recipe in arguments.config),
-        given={name: on_command_line[name] for name in flat(config) if name in on_command_line},
         options=SearchOptions(**{f.name: getattr(arguments, f.name) for f in dataclasses.fields(SearchOptions)}),
         criterion=Criterion(tolerance=arguments.tolerance),
         directory=arguments.output,
-        program=(*shlex.split(arguments.launcher), str(PROGRAM)),
+        program=(*launcher, str(PROGRAM)),
         report=lambda line: print(line, flush=True),
     )
     if arguments.dry_run:

@@ -64,8 +64,8 @@ def fit_step_cost(runs: Sequence[Run], config: Config) -> CostFit:
     require(
         len(groups) >= 2,
         f"--fit {names}: expected at least {GROUP} steps with a time at each of two sequence lengths or batch sizes, "
-        f"found {len(tokens)} of {len(np.unique(tokens))}: give the log of a longer run with --seqlen-warmup, or of "
-        "two runs",
+        f"found {len(tokens)} steps of {len(np.unique(tokens))} sizes: give the log of a longer run with "
+        "--seqlen-warmup (by truncation: otherwise every step has as many tokens), or of two runs",
     )
     fixed, per_token = _least_squares(
         np.array([np.median(tokens[group]) for group in groups]),

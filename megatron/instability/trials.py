@@ -18,11 +18,11 @@ import subprocess  # nosec B404 # lists of arguments, no shell
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from megatron.arguments import flat, to_yaml, yaml_value
+from megatron.arguments import SECTIONS, flat, to_yaml, yaml_value
 from megatron.config import CheckpointConfig, Config
 from megatron.console import format_duration
 from megatron.errors import EXIT_FAILURE, EXIT_FINISHED, EXIT_STOPPED, UserError
@@ -83,10 +83,6 @@ class Tuner:
 
     config: Config
     """The run to be tuned."""
-    recipes: tuple[Path, ...]
-    """Where it comes from ..."""
-    given: Mapping[str, Any]
-    """... and the settings that were given beside them, by field name."""
     options: SearchOptions
     criterion: Criterion
     directory: Path
@@ -120,18 +116,14 @@ class Tuner:
         self.report("then, from the start found, the same over T = " + ", ".join(f"{T}" for T in space.durations))
 
     def recommended(self, choice: Choice) -> str:
-        """The recipes and settings given, with the chosen warmup, as a recipe in `directory`."""
-        chosen = asdict(paced(self.config, choice.start, choice.duration or 0).seqlen_warmup)
-        before = asdict(self.config.seqlen_warmup)
-        # What a recipe has set for a pacing of another kind is unset, by a null.
-        changed = {name: value for name, value in chosen.items() if value != before[name]}
-        settings = {**self.given, **{name: chosen[name] for name in ("seqlen_warmup", *VARIED)}, **changed}
-        paths = tuple(os.path.relpath(recipe, self.directory) for recipe in self.recipes)
-        lines = ["# Written by tools/tune_pacing.py. " + choice.words, f"config: {yaml_value(paths)}"]
-        for name, value in settings.items():
-            text = yaml_value(tuple(value) if isinstance(value, list) else value)
-            lines.append(f"{name.replace('_', '-')}: {text or 'null'}")
-        return "\n".join(lines) + "\n"
+        """The run with the chosen warmup, as a recipe: every setting that is not its default."""
+        chosen = flat(paced(self.config, choice.start, choice.duration or 0))
+        defaults = {f.name: f.default for section in SECTIONS.values() for f in fields(section)}
+        settings = {name: chosen[name] for name in VARIED} | {
+            name: value for name, value in chosen.items() if value != defaults[name] and name not in ("save", "load")
+        }
+        lines = [f"{name.replace('_', '-')}: {yaml_value(value)}" for name, value in settings.items()]
+        return "\n".join(["# Written by tools/tune_pacing.py. " + choice.words, *lines]) + "\n"
 
     def _announce(self) -> tuple[SearchSpace, Runner]:
         """What there is to search, in words, and what runs it."""
@@ -176,7 +168,9 @@ class Runner:
         Raises:
             UserError: where the journal is damaged or was made with other settings.
         """
-        self._finished = read_journal(self._directory / JOURNAL_FILE, self._settings())
+        journal = self._directory / JOURNAL_FILE
+        self._finished = read_journal(journal, self._settings())
+        write_journal(journal, self._settings(), self._finished)  # logs of trials cut off are of these settings
         write_atomic(self._directory / "base.yaml", to_yaml(self._base))
 
     def __call__(self, start: int, duration: int) -> Outcome:

@@ -19,7 +19,7 @@ import numpy as np
 from megatron.config import Config, SeqlenWarmupConfig, require
 from megatron.instability.loss_ratio import SPIKE
 from megatron.instability.summary import Run
-from megatron.pacing.plan import plan_run
+from megatron.pacing.plan import lr_warmup_iterations, plan_run, reaches_full_length
 
 Sign = Literal["validation", "loss ratio", "non-finite loss"]
 """What a trial was seen to fluctuate by."""
@@ -215,7 +215,7 @@ def search_space(config: Config, options: SearchOptions) -> SearchSpace:
     starts = tuple(first << k for k in range((last // first).bit_length()))
     # The larger the start, the fewer steps a run to as many tokens has: what fits the largest fits all.
     possible = bisect_left(
-        wanted, True, key=lambda duration: plan_run(paced(config, starts[-1], duration)).full_length_iteration is None
+        wanted, True, key=lambda duration: not reaches_full_length(paced(config, starts[-1], duration))
     )
     require(
         possible > 0,
@@ -258,7 +258,7 @@ def _lr_warmup_iterations(config: Config, start: int, max_multiple: float) -> in
     """
     steps = 0
     while True:
-        planned = plan_run(paced(config, start, max(1, math.floor(max_multiple * steps)))).lr_warmup_iterations
+        planned = lr_warmup_iterations(paced(config, start, max(1, math.floor(max_multiple * steps))))
         if planned <= steps:
             return steps
         steps = planned

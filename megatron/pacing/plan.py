@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import takewhile
 
 from megatron.config import Config
 from megatron.pacing.batch_size_warmup import BatchSizeSchedule
@@ -122,6 +123,17 @@ def plan_run(config: Config, at: int | None = None) -> PlannedRun:
         token_seqlen_sum=token_seqlen_sum,
         full_length_tokens=progress.consumed_samples * seq_length,
     )
+
+
+def reaches_full_length(config: Config) -> bool:
+    """Whether some step of the run is at full length; the walk ends there."""
+    return any(step.seqlen == config.model.seq_length for _, step in walk(config))
+
+
+def lr_warmup_iterations(config: Config) -> int:
+    """Steps until the end of the learning rate warmup, or all of the run; the walk ends there."""
+    warmup = config.learning_rate.warmup(config.training)
+    return sum(1 for _ in takewhile(lambda step: not warmup.reached(step[0]), walk(config)))
 
 
 def sample_steps(config: Config, iterations: int, rows: int) -> list[tuple[Progress, StepPlan]]:
