@@ -45,6 +45,15 @@ def test_a_second_run_is_refused_and_told_who_is_there(holder, tmp_path):
         Owner(tmp_path, print).__enter__()
 
 
+def test_without_locks_a_living_owner_is_known_by_its_beat(holder, tmp_path, monkeypatch):
+    def missing(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(owner.fcntl, "flock", missing)
+    with pytest.raises(UserError, match=f"is in use by process {holder.pid}"):
+        Owner(tmp_path, print).__enter__()
+
+
 def test_a_dead_owner_is_taken_over_with_a_message(holder, tmp_path):
     holder.kill()
     holder.wait()

@@ -291,7 +291,7 @@ def test_restarts_go_on_from_the_last_checkpoint(corpus, tmp_path):
     killer = tmp_path / "killer.py"
     killer.write_text(
         f"import os, signal, sys\nsys.path.insert(0, {str(ROOT)!r})\n"
-        "import pretrain_gpt2\nfrom megatron import errors\nfrom megatron.training.pretrain import Run\n"
+        "import pretrain_gpt2\nfrom megatron import errors\nfrom megatron.training.loop import Run\n"
         "step = Run.step\n"
         "def fatal(self, plan):\n"
         "    n = self.state.progress.iteration + 1\n"

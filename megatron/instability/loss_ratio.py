@@ -35,55 +35,10 @@ def bucket_name(bucket: tuple[int, int]) -> str:
     return f"{bucket[0]}-{bucket[1] - 1}"
 
 
-class _RatioStatistics:
-    """Counts over the ratios of a run. A ratio that is not finite lies above every threshold."""
-
-    def __init__(self) -> None:
-        self.above_1_2 = 0
-        """Steps with a ratio above 1.2."""
-        self.above_1_5 = 0
-        """Steps with a ratio above 1.5."""
-        self.non_finite = 0
-        """Steps whose loss was NaN or infinite."""
-        self._largest_finite: float | None = None
-
-    @property
-    def max_ratio(self) -> float | None:
-        """Largest ratio so far: infinite once a loss was not finite, None before the first ratio."""
-        return math.inf if self.non_finite else self._largest_finite
-
-    def _count(self, ratio: float) -> float:
-        if not math.isfinite(ratio):
-            self.non_finite += 1
-            self.above_1_2 += 1
-            self.above_1_5 += 1
-            return ratio
-        self.above_1_2 += ratio > SPIKE
-        self.above_1_5 += ratio > LARGE_SPIKE
-        if self._largest_finite is None or ratio > self._largest_finite:
-            self._largest_finite = ratio
-        return ratio
-
-    def _statistics_state(self) -> dict[str, Any]:
-        return {
-            "above_1_2": self.above_1_2,
-            "above_1_5": self.above_1_5,
-            "non_finite": self.non_finite,
-            "largest_finite": self._largest_finite,
-        }
-
-    def _load_statistics(self, state: Mapping[str, Any]) -> None:
-        self.above_1_2 = int(state["above_1_2"])
-        self.above_1_5 = int(state["above_1_5"])
-        self.non_finite = int(state["non_finite"])
-        self._largest_finite = state["largest_finite"]
-
-
-class LossRatio(_RatioStatistics):
+class LossRatio:
     """The paper's loss ratio at step t: loss_t / min(loss_1 .. loss_{t-1}) (Li et al. 2022, Section 3)."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.minimum: float | None = None
         """Smallest finite loss so far."""
 
@@ -94,23 +49,22 @@ class LossRatio(_RatioStatistics):
         """
         loss = float(loss)
         if not math.isfinite(loss):
-            return self._count(loss)
+            return loss
         best = self.minimum
         if best is None or loss < best:
             self.minimum = loss
-        return None if best is None else self._count(_divide(loss, best))
+        return None if best is None else _divide(loss, best)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain JSON values, floats exact."""
-        return {"minimum": self.minimum, **self._statistics_state()}
+        return {"minimum": self.minimum}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state_dict`."""
         self.minimum = state["minimum"]
-        self._load_statistics(state)
 
 
-class PositionMatchedLossRatio(_RatioStatistics):
+class PositionMatchedLossRatio:
     """A loss ratio that compares a step with the best that was seen at the same positions.
 
     Under sequence length warmup the paper's ratio is confounded. A token at position 5 has 5 tokens of
@@ -140,7 +94,6 @@ class PositionMatchedLossRatio(_RatioStatistics):
     """
 
     def __init__(self, seq_length: int, *, min_tokens: int = MIN_BUCKET_TOKENS) -> None:
-        super().__init__()
         self.buckets = position_buckets(seq_length)
         self.names = [bucket_name(bucket) for bucket in self.buckets]
         self.minima: list[float | None] = [None] * len(self.buckets)
@@ -169,8 +122,8 @@ class PositionMatchedLossRatio(_RatioStatistics):
             if math.isfinite(loss) and (minimum is None or loss < minimum):
                 self.minima[index] = loss
         if not math.isfinite(total):
-            return self._count(total)
-        return self._count(_divide(found, best)) if matched else None
+            return total
+        return _divide(found, best) if matched else None
 
     def losses(self, loss_sums: Sequence[float], tokens: Sequence[float]) -> dict[str, float]:
         """Mean loss of every bucket that holds a token, by name: what the log calls loss_by_position."""
@@ -182,12 +135,11 @@ class PositionMatchedLossRatio(_RatioStatistics):
 
     def state_dict(self) -> dict[str, Any]:
         """Plain JSON values, floats exact; minima by bucket name."""
-        return {"minima": dict(zip(self.names, self.minima, strict=True)), **self._statistics_state()}
+        return {"minima": dict(zip(self.names, self.minima, strict=True))}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state_dict`. A bucket that the saved run did not have starts without a minimum."""
         self.minima = [state["minima"].get(name) for name in self.names]
-        self._load_statistics(state)
 
     def _observed(self, tokens: Sequence[float]) -> list[int]:
         if not tokens:

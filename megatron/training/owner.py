@@ -69,14 +69,15 @@ class Owner:
         os.close(self._file)
 
     def _take(self, file: int) -> None:
+        locked = True
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise self._taken(self._read(file)) from None
         except OSError:  # a file system without locks
-            pass
+            locked = False
         found = self._read(file)
-        if found and found.get("host") != socket.gethostname():
+        if found and (not locked or found.get("host") != socket.gethostname()):
             self._report(f"{self._path}: {_name(found)} did not sign off; waiting to see whether it is alive")
             deadline = time.monotonic() + SILENCE_SECONDS
             while time.monotonic() < deadline:
