@@ -193,7 +193,7 @@ def test_what_is_not_truncated_counts_all_tokens(realisation):
         ({"seqlen_stages_unit": "tokens"}, "--seqlen-stages-unit goes with --seqlen-warmup discrete or mixed, not lin"),
         ({"seqlen_adaptive_tolerance": 0.5}, "--seqlen-adaptive-tolerance goes with --seqlen-warmup adaptive"),
         (BARE | {"seqlen_warmup": "none", "seqlen_multiple": 0}, "--seqlen-multiple 0 must be at least 1"),
-        (BARE | {"seqlen_warmup": "none", "seqlen_realisation": "window"}, "--seqlen-realisation has no effect without"),
+        (BARE | {"seqlen_warmup": "none", "seqlen_realisation": "window"}, "--seqlen-realisation has no effect"),
         ({"seqlen_warmup": "discrete", "seqlen_warmup_iters": None}, "needs --seqlen-stages"),
         (
             {"seqlen_warmup": "discrete", "seqlen_stages": "8:1,1024"},

@@ -247,7 +247,7 @@ def test_a_validation_that_a_stop_cut_short_is_made_up_for(corpus, straight, tmp
     home = tmp_path / "run"
     program = (
         f"import os, signal, sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "import megatron.training.pretrain as room\n"
+        "import megatron.training.loop as room\n"
         "evaluate = room.evaluate\n"
         "def stopped(*a, **k): os.kill(os.getpid(), signal.SIGTERM); return evaluate(*a, **k)\n"
         "room.evaluate = stopped\n"

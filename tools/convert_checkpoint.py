@@ -1,8 +1,12 @@
-"""Write a checkpoint's weights in a format that other programs read.
+"""Write a checkpoint's weights in a format that other programs read, or make a checkpoint of what others wrote.
 
     python tools/convert_checkpoint.py --load runs/slw --to safetensors --output slw.safetensors --dtype bf16
+    python tools/convert_checkpoint.py --load runs/slw --to hf --save exported
+    python tools/convert_checkpoint.py --from hf --load gpt2 --save runs/gpt2
+    python tools/convert_checkpoint.py --from megatron --load checkpoints --save runs/old --vocab-size 50257
 
-On how many ranks and in which layout the checkpoint was saved does not matter.
+On how many ranks and in which layout the checkpoint was saved does not matter. A run goes on from what --from made with
+`pretrain_gpt2.py --load DIR --finetune --save ...`.
 """
 
 from __future__ import annotations
@@ -13,8 +17,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from the source tree, installed or not
 
-from megatron.checkpointing.export import DTYPES, FORMATS, export_weights
-from megatron.errors import run
+from megatron.checkpointing.export import export_weights
+from megatron.checkpointing.huggingface import read_huggingface
+from megatron.checkpointing.huggingface_export import export_huggingface
+from megatron.checkpointing.megatron_v1 import read_megatron
+from megatron.checkpointing.weights import DTYPES, describe, read_run, require_free, save_weights
+from megatron.errors import UserError, run
+from megatron.tokenizer.build import add_tokenizer_flags, tokenizer_config
+
+READERS = {"hf": read_huggingface, "megatron": read_megatron}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -27,21 +38,50 @@ def parse_arguments() -> argparse.Namespace:
         type=Path,
         required=True,
         metavar="DIR",
-        help="a run or its checkpoints, of which the newest is taken, or one checkpoint",
+        help="with --to a run or its checkpoints, of which the newest is taken, or one checkpoint; with --from a "
+        "Hugging Face directory, or what Megatron-LM saved to",
     )
-    parser.add_argument(
-        "--to", choices=FORMATS, required=True, help="safetensors: the model's weights in one file, by their names here"
+    way = parser.add_mutually_exclusive_group(required=True)
+    way.add_argument(
+        "--to",
+        choices=("safetensors", "hf"),
+        help="safetensors: the model's weights in one file, by their names here; hf: a directory for transformers",
     )
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the file to write")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), help="type of the weights (default: as saved)")
+    way.add_argument(
+        "--from",
+        dest="source",
+        choices=tuple(READERS),
+        help="hf: a GPT-2 of transformers; megatron: a GPT-2 of Megatron-LM 1.1.5 or 2.x",
+    )
+    parser.add_argument("--output", type=Path, metavar="FILE", help="the file to write (--to safetensors)")
+    parser.add_argument("--save", type=Path, metavar="DIR", help="the directory to make (--to hf, --from)")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="type of the weights (--to; default: as saved)")
     parser.add_argument("--force", action="store_true", help="replace FILE where it exists")
+    group = add_tokenizer_flags(parser)
+    group.add_argument("--vocab-size", type=int, metavar="N", help="tokens of the vocabulary, without a tokenizer")
     return parser.parse_args()
 
 
 def main() -> None:
     """Convert, and say what was written."""
-    arguments = parse_arguments()
-    print(export_weights(arguments.load, arguments.output, dtype=arguments.dtype, force=arguments.force))
+    given = parse_arguments()
+    needed, other = ("output", "save") if given.to == "safetensors" else ("save", "output")
+    if getattr(given, needed) is None or getattr(given, other) is not None:
+        raise UserError(
+            f"--{'from' if given.source else 'to'} {given.source or given.to} writes to --{needed}: give it alone"
+        )
+    if given.to == "safetensors":
+        print(export_weights(given.load, given.output, dtype=given.dtype, force=given.force))
+        return
+    if given.force or (given.source and given.dtype):
+        raise UserError(f"--{'force' if given.force else 'dtype'} has no effect here: drop it")
+    tokenizer = tokenizer_config(given)
+    require_free(given.save)
+    if given.to == "hf":
+        print(export_huggingface(read_run(given.load, tokenizer), given.save, dtype=given.dtype))
+        return
+    weights = READERS[given.source](given.load, tokenizer)
+    print(f"{save_weights(weights, given.save)}: {describe(weights)}")
 
 
 if __name__ == "__main__":

@@ -7,17 +7,10 @@ import secrets
 from contextlib import suppress
 from pathlib import Path
 
-import torch
-
-from megatron.checkpointing.checkpoint import find_whole
-from megatron.checkpointing.commit import checkpoints_in
-from megatron.checkpointing.tensors import read_tensors, storage_errors, write_safetensors
+from megatron.checkpointing.tensors import storage_errors, write_safetensors
+from megatron.checkpointing.weights import cast, find_weights, read_named
 from megatron.errors import UserError
 from megatron.files import fsync_directory
-
-FORMATS = ("safetensors",)
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_PREFIX = "model."
 
 
 def export_weights(load: Path, output: Path, *, dtype: str | None, force: bool) -> str:
@@ -36,16 +29,8 @@ def export_weights(load: Path, output: Path, *, dtype: str | None, force: bool) 
     """
     if output.exists() and not force:
         raise UserError(f"--output {output} exists: give --force to replace it, or choose another name")
-    checkpoint = find_whole(checkpoints_in(load), fallback=False)
-    if checkpoint is None:
-        raise UserError(f"--load {load}: no whole checkpoint found there; give a run, its checkpoints or one of them")
-    path = checkpoint.path
-    weights = {name.removeprefix(_PREFIX): tensor for name, tensor in read_tensors(path, _PREFIX).items()}
-    for name, tensor in weights.items():
-        if dtype is not None and tensor.is_floating_point():
-            weights[name] = tensor.to(DTYPES[dtype])
-            if not torch.equal(weights[name].isfinite(), tensor.isfinite()):
-                raise UserError(f"--dtype {dtype} cannot hold the values of {name}: use bf16 or fp32")
+    path = find_weights(load).path
+    weights = cast(read_named(path), dtype)
     temporary = output.with_name(f".{output.name}.tmp-{secrets.token_hex(4)}")
     with storage_errors("write", output):
         try:

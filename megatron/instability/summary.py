@@ -28,8 +28,8 @@ class RunState:
     """Whether a run goes on."""
 
     status: Literal["finished", "stopped", "diverged", "running"]
-    """Diverged: a loss or gradient that was not finite ended it. Running: it has not ended in order, so that it goes on or
-    has died; `silent` tells which is likely."""
+    """Diverged: a loss or gradient that was not finite ended it. Running: it has not ended in order, so that it goes on
+    or has died; `silent` tells which is likely."""
     reason: str | None = None
     """Why it was stopped, or how it diverged."""
     silent: float | None = None

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
+from megatron.config import TokenizerConfig
 from megatron.errors import UserError
 from megatron.tokenizer.base import END_OF_TEXT, Tokenizer
 from megatron.tokenizer.gpt2_bpe import GPT2BPETokenizer
@@ -38,15 +39,32 @@ class TokenizerFiles:
 
 def add_file_flags(group: argparse._ArgumentGroup) -> None:
     """Add the flags, other than --tokenizer-type, that `TokenizerFiles` holds to a tool's command line."""
-    group.add_argument("--vocab-file", metavar="FILE", help="vocab.json of a GPT-2 BPE")
-    group.add_argument("--merge-file", metavar="FILE", help="merges.txt of a GPT-2 BPE")
-    group.add_argument("--tokenizer-file", metavar="FILE", help="tokenizer.json, for HFTokenizer")
+    _add_files(group)
     group.add_argument(
         "--eod-token",
         default=END_OF_TEXT,
         metavar="TOKEN",
         help=f"the token that ends a document (default: {END_OF_TEXT})",
     )
+
+
+def add_tokenizer_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Add the flags of a tool that loads a model, whose own tokenizer they replace; see `tokenizer_config`."""
+    group = parser.add_argument_group("Tokenizer (default: what --load names)")
+    group.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES, default=TokenizerConfig.tokenizer_type)
+    _add_files(group)
+    return group
+
+
+def tokenizer_config(given: argparse.Namespace) -> TokenizerConfig:
+    """The tokenizer section of a configuration, from the flags among `given`."""
+    return TokenizerConfig(**{f.name: getattr(given, f.name) for f in fields(TokenizerConfig) if f.name in given})
+
+
+def _add_files(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--vocab-file", metavar="FILE", help="vocab.json of a GPT-2 BPE")
+    group.add_argument("--merge-file", metavar="FILE", help="merges.txt of a GPT-2 BPE")
+    group.add_argument("--tokenizer-file", metavar="FILE", help="tokenizer.json, for HFTokenizer")
 
 
 def build_tokenizer(

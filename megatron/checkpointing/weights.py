@@ -1,0 +1,274 @@
+"""A model's weights without a training around them: out of a run's checkpoint, and back into one.
+
+Hugging Face's directories and Megatron-LM's checkpoints are read into the same `Weights`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import megatron
+from megatron.arguments import build_parser, parse_config, to_yaml
+from megatron.checkpointing.checkpoint import CONFIG, Checkpoint, find_whole, save_checkpoint
+from megatron.checkpointing.commit import CHECKPOINTS, checkpoints_in
+from megatron.checkpointing.tensors import read_tensors
+from megatron.config import Config, ModelConfig, TokenizerConfig, TrainingConfig
+from megatron.data.blending import parse_data_path
+from megatron.data.indexed_dataset import Sidecar, paths_of
+from megatron.errors import UserError
+from megatron.files import explain
+from megatron.model.gpt2 import GPT2Model
+from megatron.tokenizer.base import END_OF_TEXT, Tokenizer
+from megatron.tokenizer.build import build_tokenizer
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PREFIX = "model."
+"""Of the weights' names in a checkpoint."""
+WORDS = "word_embeddings.weight"
+NO_FLAGS = TokenizerConfig()
+"""Tokenizer flags of which none is given."""
+ASK = "give --vocab-file and --merge-file, or --tokenizer-file"
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The ids of a model's tokens and, where its files are at hand, the tokenizer."""
+
+    size: int
+    """Before padding."""
+    eod: int | None
+    """The id that ends a document, where it is known."""
+    fingerprint: str
+    """What a run remembers of its tokenizer."""
+    tokenizer: Tokenizer | None = None
+    files: TokenizerConfig = NO_FLAGS
+    """The flags that name it."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """All that makes up a model: shape, vocabulary, values."""
+
+    config: ModelConfig
+    vocabulary: Vocabulary
+    tensors: dict[str, Tensor]
+    """By the names of GPT2Model's parameters, fp32, on the CPU; padded rows of the vocabulary are zero."""
+    source: Path
+
+
+def read_run(path: Path, tokenizer: TokenizerConfig = NO_FLAGS) -> Weights:
+    """The weights of a checkpoint of ours, saved in any layout.
+
+    Args:
+        path: a run, a directory of checkpoints (the newest is taken) or one checkpoint.
+        tokenizer: flags that go before those of the run.
+
+    Raises:
+        UserError: where there is no whole checkpoint, or the tokenizer is missing, changed or not the model's.
+    """
+    checkpoint = find_weights(path)
+    config, _ = parse_config(build_parser(), ["--config", str(checkpoint.path / CONFIG)])
+    tensors = read_named(checkpoint.path)
+    noted = checkpoint.state.get("settings", {}).get("tokenizer")
+    vocabulary = named_vocabulary(tokenizer) or _vocabulary_of(config, checkpoint.path, noted)
+    shapes = parameter_shapes(config.model, vocabulary.size)
+    if missing := sorted(shapes.keys() - tensors.keys()):
+        raise UserError(f"{checkpoint.path}: expected the weights of a GPT-2, found none of {missing[0]}")
+    if vocabulary.fingerprint != noted:
+        require_size(vocabulary, _used_rows(tensors[WORDS]), f"{checkpoint.path}")
+    shapes[WORDS] = (config.model.padded_vocab_size(vocabulary.size), config.model.hidden_size)
+    for name, shape in shapes.items():
+        require_shape(tensors[name], shape, f"{checkpoint.path}: {name}")
+    return Weights(config.model, vocabulary, tensors, checkpoint.path)
+
+
+def find_weights(path: Path) -> Checkpoint:
+    """The newest checkpoint of a run or a directory, or the one that `path` is. Raises UserError if there is none."""
+    checkpoint = find_whole(checkpoints_in(path), fallback=False)
+    if checkpoint is None:
+        raise UserError(f"--load {path}: no whole checkpoint found there; give a run, its checkpoints or one of them")
+    return checkpoint
+
+
+def read_named(checkpoint: Path) -> dict[str, Tensor]:
+    """The weights in the checkpoint's shards, by the model's names for them. Raises UserError for unreadable shards."""
+    return {name.removeprefix(PREFIX): tensor for name, tensor in read_tensors(checkpoint, PREFIX).items()}
+
+
+def named_vocabulary(flags: TokenizerConfig, eod_token: str = END_OF_TEXT) -> Vocabulary | None:
+    """The vocabulary that tokenizer flags name; None where they name none.
+
+    Raises:
+        UserError: for a file that is missing or no tokenizer, and for --vocab-size beside files.
+    """
+    if flags.vocab_file or flags.merge_file or flags.tokenizer_file:
+        if flags.vocab_size is not None:
+            raise UserError("--vocab-size is for a model without a tokenizer's files: drop it")
+        tokenizer = build_tokenizer(
+            flags.tokenizer_type, flags.vocab_file, flags.merge_file, flags.tokenizer_file, eod_token=eod_token
+        )
+        return Vocabulary(tokenizer.vocab_size, tokenizer.eod, tokenizer.fingerprint, tokenizer, flags)
+    if flags.vocab_size is not None:
+        return sized(flags.vocab_size)
+    return None
+
+
+def sized(vocab_size: int) -> Vocabulary:
+    """A vocabulary of which only the size is known."""
+    return Vocabulary(vocab_size, None, f"vocabulary of {vocab_size}", files=TokenizerConfig(vocab_size=vocab_size))
+
+
+def build_model(weights: Weights, dtype: torch.dtype = torch.float32) -> GPT2Model:
+    """The model, on the CPU, in evaluation mode. In fp32 it shares the memory of `weights`."""
+    with torch.device("meta"):
+        model = GPT2Model(weights.config, weights.vocabulary.size)
+    model.load_state_dict({name: tensor.to(dtype) for name, tensor in weights.tensors.items()}, assign=True)
+    return model.eval()
+
+
+def parameter_shapes(config: ModelConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of each parameter of the model, but for the word embedding without the vocabulary's padding."""
+    with torch.device("meta"):
+        shapes = {name: tuple(part.shape) for name, part in GPT2Model(config, vocab_size).named_parameters()}
+    return shapes | {WORDS: (vocab_size, config.hidden_size)}
+
+
+def require_shape(tensor: Tensor, expected: tuple[int, ...], where: str) -> None:
+    """Raise UserError unless the tensor, named by `where`, has the shape that the model's settings lead to."""
+    if tuple(tensor.shape) != expected:
+        raise UserError(
+            f"{where}: expected the shape {list(expected)} that its settings lead to, found {list(tensor.shape)}"
+        )
+
+
+def pad_rows(embedding: Tensor, config: ModelConfig) -> Tensor:
+    """[vocabulary, hidden] -> [padded vocabulary, hidden], with rows of zeros."""
+    missing = config.padded_vocab_size(len(embedding)) - len(embedding)
+    return torch.cat([embedding, embedding.new_zeros(missing, embedding.shape[1])])
+
+
+def save_weights(weights: Weights, home: Path) -> Path:
+    """Write `weights` as the checkpoint of step 0 in `home`, from which a run may start with --finetune; its path.
+
+    Raises:
+        UserError: where `home` is there already and not empty, or cannot be written.
+    """
+    require_free(home)
+    model, vocabulary = weights.config, weights.vocabulary
+    config = Config(model=model, training=TrainingConfig(train_tokens=1), tokenizer=vocabulary.files)
+    settings = {
+        "num_attention_heads": model.num_attention_heads,
+        "norm_epsilon": model.norm_epsilon,
+        "tokenizer": vocabulary.fingerprint,
+    }
+    state = {"settings": settings, "versions": {"megatron": megatron.__version__, "torch": torch.__version__}}
+    return save_checkpoint(
+        home / CHECKPOINTS,
+        iteration=0,
+        tensors={PREFIX + name: tensor for name, tensor in weights.tensors.items()},
+        state=state,
+        config_text=to_yaml(config),
+    )
+
+
+def load_pickled(path: Path, what: str, known: Sequence[Any] = ()) -> Any:
+    """The content of a file of torch.save, on the CPU. No code in it is run: it may hold tensors and plain values.
+
+    Args:
+        what: what is expected there, for the message.
+        known: what else it may name while it is read, as torch.serialization.safe_globals takes it.
+
+    Raises:
+        UserError: where the file is missing, damaged, or names anything else.
+    """
+    try:
+        with open(path, "rb") as stream, torch.serialization.safe_globals(list(known)):
+            return torch.load(stream, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise explain(error, "read", path) from error
+    except Exception as error:  # damaged bytes can lead the unpickler into any
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        found = f"{named[1]}, which could run code" if named else "damaged bytes or another kind of file"
+        raise UserError(f"{path}: expected {what}, found {found}") from error
+
+
+def describe(weights: Weights) -> str:
+    """What `weights` are, in one line."""
+    config, values = weights.config, sum(tensor.numel() for tensor in weights.tensors.values())
+    return (
+        f"{config.num_layers} layers, hidden {config.hidden_size}, {config.num_attention_heads} heads, "
+        f"length {config.positions}, vocabulary {weights.vocabulary.size:,}, {values:,} parameters, "
+        f"from {weights.source}"
+    )
+
+
+def cast(tensors: Mapping[str, Tensor], dtype: str | None) -> dict[str, Tensor]:
+    """What is floating point in `tensors`, in another type: one of DTYPES, or None for its own.
+
+    Raises:
+        UserError: where the type cannot hold a value.
+    """
+    converted = dict(tensors)
+    for name, tensor in tensors.items():
+        if dtype is not None and tensor.is_floating_point():
+            converted[name] = tensor.to(DTYPES[dtype])
+            if not torch.equal(converted[name].isfinite(), tensor.isfinite()):
+                raise UserError(f"--dtype {dtype} cannot hold the values of {name}: use bf16 or fp32")
+    return converted
+
+
+def require_free(output: Path) -> None:
+    """Raise UserError where something stands under the name `output` already, other than an empty directory."""
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise UserError(f"--save {output} exists: choose another name, or move it away")
+
+
+def require_size(vocabulary: Vocabulary, size: int, where: str) -> None:
+    """Raise UserError unless `vocabulary` has the `size` that a model, named by `where`, has."""
+    if vocabulary.size != size:
+        raise UserError(
+            f"{_flags(vocabulary.files)}: expected the {size:,} tokens of {where}, found {vocabulary.size:,}: give the "
+            "tokenizer that the model was trained with"
+        )
+
+
+def _vocabulary_of(config: Config, path: Path, noted: str | None) -> Vocabulary:
+    """What the run's configuration, else what preprocessing noted beside its data, says of the vocabulary."""
+    try:
+        vocabulary = named_vocabulary(config.tokenizer)
+    except UserError as error:
+        raise UserError(f"{path / CONFIG}: {error}; {ASK} as they are now, or --vocab-size alone") from error
+    if vocabulary is not None:
+        if noted is not None and vocabulary.fingerprint != noted:
+            raise UserError(
+                f"{_flags(vocabulary.files)}: expected the tokenizer with the fingerprint {noted[:16]} that {path} was "
+                f"trained with, found {vocabulary.fingerprint[:16]}; {ASK} that it was trained with"
+            )
+        return vocabulary
+    for _, prefix in parse_data_path(config.data.data_path) if config.data.data_path else ():
+        sidecar = Sidecar.read(paths_of(prefix)[2])
+        if sidecar is not None and sidecar.vocab_size is not None:
+            return replace(sized(sidecar.vocab_size), eod=sidecar.eod, fingerprint=sidecar.tokenizer_fingerprint or "")
+    raise UserError(
+        f"{path / CONFIG} names no tokenizer, and no data that says which one made it: {ASK}, or --vocab-size"
+    )
+
+
+def _flags(files: TokenizerConfig) -> str:
+    """The flag and the file by which the user knows a tokenizer."""
+    if files.tokenizer_file:
+        return f"--tokenizer-file {files.tokenizer_file}"
+    return f"--vocab-file {files.vocab_file}" if files.vocab_file else f"--vocab-size {files.vocab_size}"
+
+
+def _used_rows(embedding: Tensor) -> int:
+    """Rows of the word embedding up to the last that is not zero: padded ones are, as no gradient ever reaches them."""
+    used = embedding.any(1).nonzero()
+    return int(used.max()) + 1 if len(used) else 0

@@ -1,0 +1,73 @@
+"""Zero-shot results as files and in words. No torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron.checkpointing.commit import CHECKPOINTS
+from megatron.errors import UserError
+from megatron.files import file_errors, write_atomic
+
+WIKITEXT, LAMBADA = "WIKITEXT103", "LAMBADA"
+STRICT_LAMBADA = "LAMBADA-strict"
+"""What a run's results call LAMBADA of whole words; it is another number than LAMBADA's."""
+STRIDE = 32
+"""The paper's, and the default of --overlapping-eval."""
+RESULTS_FILE = "zeroshot.json"
+"""In a run's directory: {task: result}, of each task the last evaluation."""
+
+
+def read_results(path: Path) -> dict[str, dict[str, Any]]:
+    """The results in a zeroshot.json; none where there is no such file. Raises UserError where it is not one."""
+    with file_errors("read", path):
+        if not path.exists():
+            return {}
+        content = path.read_bytes()
+    try:
+        results = json.loads(content)
+    except (ValueError, RecursionError):
+        results = None
+    if not isinstance(results, dict) or not all(isinstance(result, dict) for result in results.values()):
+        raise UserError(f"{path}: expected an object with a result a task, found {content[:60]!r}; delete the file")
+    return results
+
+
+def write_result(result: dict[str, Any], *, load: Path, output: Path | None) -> list[Path]:
+    """Write a result to the file `output`, and into the zeroshot.json of `load` where that is a run; what was written.
+
+    There it takes the place of the one that its task had. Raises UserError.
+    """
+    contents = {} if output is None else {output: result}
+    if (load / CHECKPOINTS).is_dir():
+        kept = load / RESULTS_FILE
+        contents[kept] = read_results(kept) | {result["task"]: result}
+    for path, content in contents.items():
+        write_atomic(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+    return list(contents)
+
+
+def describe(result: dict[str, Any]) -> str:
+    """A result in a line; of lm-eval a line a task, with its metrics."""
+    if "results" in result:
+        lines = [f"{task}: {_metrics(metrics)}" for task, metrics in result["results"].items()]
+        average = "" if result["average"] is None else f"\naverage: {result['average']:.2%}"
+        return "\n".join(lines) + average
+    if result["task"] == WIKITEXT:
+        return (
+            f"{WIKITEXT}: adjusted perplexity {float(result['adjusted_perplexity']):,.4f} "
+            f"(per token {float(result['perplexity']):,.4f}; {result['tokens']:,} tokens for "
+            f"{result['original_tokens']:,} words, stride {result['overlapping_eval']}, length {result['seq_length']})"
+        )
+    cut = f", {result['truncated']:,} of them cut to the context" if result["truncated"] else ""
+    return (
+        f"{result['task']}: accuracy {result['accuracy']:.2%} ({result['correct']:,} of {result['examples']:,} "
+        f"examples{cut}; perplexity {float(result['perplexity']):,.4f})"
+    )
+
+
+def _metrics(metrics: dict[str, Any]) -> str:
+    """The numbers among lm-eval's "metric,filter": value."""
+    numbers = {name.removesuffix(",none"): value for name, value in metrics.items() if isinstance(value, float)}
+    return ", ".join(f"{name} {value:.4f}" for name, value in numbers.items())

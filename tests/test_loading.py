@@ -1,0 +1,189 @@
+"""A model from anywhere: which checkpoint is taken, which tokenizer, and what is said where one is missing or wrong."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from random_models import SMALL, random_weights
+
+from megatron.arguments import to_yaml
+from megatron.checkpointing.checkpoint import save_checkpoint
+from megatron.checkpointing.huggingface_export import export_huggingface
+from megatron.checkpointing.weights import Vocabulary, named_vocabulary, save_weights, sized
+from megatron.config import Config, DataConfig, TokenizerConfig
+from megatron.data.indexed_writer import IndexedDatasetWriter
+from megatron.errors import UserError
+from megatron.evaluation.loading import load_model
+from megatron.tokenizer.build import build_tokenizer
+from megatron.tokenizer.training import TrainedTokenizer, train_bpe
+
+
+@pytest.fixture
+def files(tiny_tokenizer: TrainedTokenizer, tmp_path: Path) -> TokenizerConfig:
+    """The flags of a tokenizer of 400 tokens, whose files the test may damage."""
+    for path in (tiny_tokenizer.vocab_file, tiny_tokenizer.merge_file):
+        shutil.copy(path, tmp_path / path.name)
+    return TokenizerConfig(vocab_file=str(tmp_path / "vocab.json"), merge_file=str(tmp_path / "merges.txt"))
+
+
+def vocabulary_of(files: TokenizerConfig) -> Vocabulary:
+    vocabulary = named_vocabulary(files)
+    assert vocabulary is not None
+    return vocabulary
+
+
+def corpus(directory: Path, files: TokenizerConfig) -> str:
+    """The prefix of a dataset that says which tokenizer made it."""
+    tokenizer = build_tokenizer("GPT2BPETokenizer", files.vocab_file, files.merge_file)
+    with IndexedDatasetWriter(directory / "corpus", np.uint16, tokenizer=tokenizer) as writer:
+        writer.add_document(np.arange(50))
+    return str(directory / "corpus")
+
+
+def save_run(home: Path, config: Config, fingerprint: str, *, vocabulary: int = 400, steps: int = 1) -> Path:
+    """A run with a checkpoint a step, each of other weights, as the trainer saves them."""
+    for step in range(1, steps + 1):
+        weights = random_weights(config.model, vocabulary, seed=step)
+        save_checkpoint(
+            home / "checkpoints",
+            iteration=step,
+            tensors={f"model.{name}": tensor for name, tensor in weights.tensors.items()}
+            | {"optim.final_norm.bias.step": torch.tensor(1.0)},
+            state={"settings": {"tokenizer": fingerprint}},
+            config_text=to_yaml(config),
+        )
+    return home
+
+
+def test_run_its_checkpoints_or_one_of_them(tmp_path: Path, files: TokenizerConfig) -> None:
+    run = save_run(tmp_path / "run", Config(model=SMALL, tokenizer=files), vocabulary_of(files).fingerprint, steps=2)
+    for below, step in {".": 2, "checkpoints": 2, "checkpoints/iter_0000001": 1}.items():
+        loaded = load_model(run / below, device="cpu")
+        expected = random_weights(vocabulary=400, seed=step).tensors
+        for name, parameter in loaded.model.named_parameters():
+            assert torch.equal(parameter, expected[name]), name
+        assert loaded.source == run / "checkpoints" / f"iter_000000{step}"
+    assert not loaded.model.training and loaded.model.device == torch.device("cpu")
+    assert (loaded.config, loaded.vocab_size, loaded.model.vocab_size) == (SMALL, 400, 400)
+    assert loaded.require_tokenizer().fingerprint == vocabulary_of(files).fingerprint
+
+
+def test_hugging_face_directory_with_its_own_tokenizer(tmp_path: Path, files: TokenizerConfig) -> None:
+    weights = random_weights(vocabulary=vocabulary_of(files))
+    export_huggingface(weights, tmp_path / "hf")
+    loaded = load_model(tmp_path / "hf", dtype="bf16")
+    assert loaded.source == tmp_path / "hf" and loaded.vocab_size == 400 and loaded.config == SMALL
+    assert loaded.require_tokenizer().decode(loaded.require_tokenizer().encode("x = 1")) == "x = 1"
+    for name, parameter in loaded.model.named_parameters():
+        assert torch.equal(parameter.cpu(), weights.tensors[name].bfloat16()), name
+
+
+def test_hugging_face_tokenizer_with_another_end_of_text(tmp_path: Path, tiny_tokenizer: TrainedTokenizer) -> None:
+    export_huggingface(random_weights(vocabulary=400), tmp_path / "hf")
+    text = tiny_tokenizer.tokenizer_file.read_text().replace("<|endoftext|>", "</s>")
+    (tmp_path / "hf" / "tokenizer.json").write_text(text)
+    with pytest.raises(UserError, match=r"--tokenizer-file .*tokenizer.json: has no token '<\|endoftext\|>'"):
+        load_model(tmp_path / "hf")
+    for eos in ('"</s>"', '{"content": "</s>"}'):
+        (tmp_path / "hf" / "tokenizer_config.json").write_text(f'{{"eos_token": {eos}}}')
+        tokenizer = load_model(tmp_path / "hf").require_tokenizer()
+        assert tokenizer.eod == 399 and tokenizer.decode([399]) == "</s>"
+
+
+def test_data_say_the_size_and_flags_the_tokenizer(tmp_path: Path, files: TokenizerConfig) -> None:
+    config = Config(model=SMALL, data=DataConfig(data_path=(corpus(tmp_path, files),)))
+    run = save_run(tmp_path / "run", config, vocabulary_of(files).fingerprint)
+    loaded = load_model(run)
+    assert loaded.vocab_size == 400 and loaded.tokenizer is None
+    with pytest.raises(UserError, match=r"iter_0000001 names no files of its tokenizer: give --vocab-file"):
+        loaded.require_tokenizer()
+    assert load_model(run, tokenizer=files).require_tokenizer().vocab_size == 400
+    (tmp_path / "corpus.json").unlink()
+    with pytest.raises(
+        UserError, match=r"config.yaml names no tokenizer, and no data .*: give --vocab-file .*--vocab-size"
+    ):
+        load_model(run)
+    assert load_model(run, tokenizer=TokenizerConfig(vocab_size=400)).vocab_size == 400
+
+
+def test_size_of_the_vocabulary_alone(tmp_path: Path) -> None:
+    weights = random_weights(vocabulary=sized(300))
+    save_weights(weights, tmp_path)
+    assert (load_model(tmp_path).vocab_size, load_model(tmp_path).tokenizer) == (300, None)
+    for wrong in (299, 301, 800):
+        with pytest.raises(UserError, match=rf"--vocab-size {wrong}: expected the 300 tokens of .*found {wrong}"):
+            load_model(tmp_path, tokenizer=TokenizerConfig(vocab_size=wrong))
+
+
+def test_tokenizer_that_is_gone_changed_or_of_another_size(tmp_path: Path, files: TokenizerConfig) -> None:
+    fingerprint = vocabulary_of(files).fingerprint
+    run = save_run(tmp_path / "run", Config(model=SMALL, tokenizer=files), fingerprint)
+    other = train_bpe(iter(["some other text, and some more of it"] * 3), 280, tmp_path / "other")
+    smaller = TokenizerConfig(vocab_file=str(other.vocab_file), merge_file=str(other.merge_file))
+    with pytest.raises(
+        UserError, match=rf"--vocab-file {other.vocab_file}: expected the 400 tokens of .*found {other.vocab_size}"
+    ):
+        load_model(run, tokenizer=smaller)
+    with pytest.raises(UserError, match=r"--vocab-size is for a model without a tokenizer's files"):
+        load_model(run, tokenizer=replace(files, vocab_size=400))
+    merges = tmp_path / "merges.txt"
+    merges.write_text("".join(merges.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(UserError, match=rf"vocab.json: expected the tokenizer with the fingerprint {fingerprint[:16]}"):
+        load_model(run)
+    merges.unlink()
+    with pytest.raises(UserError, match=r"config.yaml: --merge-file .*cannot be read.*; give --vocab-file"):
+        load_model(run)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"device": "tpu"}, "--device must be auto, cpu or cuda, not 'tpu'"),
+        ({"dtype": "int8"}, "--dtype must be one of fp32, bf16, fp16, not 'int8'"),
+    ],
+)
+def test_settings_that_there_are_not(tmp_path: Path, settings: dict[str, str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_model(tmp_path, **settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_gpu_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--device cuda: no CUDA device is available"):
+        load_model(tmp_path, device="cuda")
+
+
+def test_checkpoint_of_another_shape_or_model(tmp_path: Path) -> None:
+    config = Config(model=replace(SMALL, seq_length=40), tokenizer=TokenizerConfig(vocab_size=300))
+    tensors = random_weights().tensors
+    for name, state in {"shape": tensors, "model": {"final_norm.bias": torch.zeros(48)}}.items():
+        save_checkpoint(
+            tmp_path / name,
+            iteration=1,
+            tensors={f"model.{key}": tensor for key, tensor in state.items()},
+            state={},
+            config_text=to_yaml(config),
+        )
+    with pytest.raises(
+        UserError, match=r"position_embeddings.weight: expected the shape \[40, 48\] .*, found \[32, 48\]"
+    ):
+        load_model(tmp_path / "shape")
+    with pytest.raises(
+        UserError, match=r"expected the weights of a GPT-2, found none of blocks.0.attention.output.bias"
+    ):
+        load_model(tmp_path / "model")
+
+
+def test_nothing_there_and_a_damaged_shard(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--load .*: no whole checkpoint found there"):
+        load_model(tmp_path / "missing")
+    save_weights(random_weights(), tmp_path / "run")
+    shard = next((tmp_path / "run").rglob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+    with pytest.raises(UserError, match=rf"{shard.name}: damaged, expected crc32"):
+        load_model(tmp_path / "run")

@@ -1,0 +1,132 @@
+"""Evaluate a trained model zero-shot, as the paper does: WikiText-103's perplexity and LAMBADA's accuracy.
+
+    python tools/evaluate_zeroshot.py --task WIKITEXT103 --load runs/slw --valid-data wiki.test.tokens
+    python tools/evaluate_zeroshot.py --task LAMBADA --strict-lambada --load runs/slw --valid-data lambada_test.jsonl
+    python tools/evaluate_zeroshot.py --task hellaswag,piqa --load runs/slw
+
+The last takes tasks of lm-eval (extra `eval`), which brings their data, and gives their average.
+On how many ranks and in which layout the model was saved does not matter. Under torchrun each rank takes its share of
+the text. A run keeps its results in zeroshot.json, beside its log, where tools/table2.py finds them. docs/evaluation.md
+says what each number means.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+
+# Run from a source tree, installed or not.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron.checkpointing.weights import DTYPES
+from megatron.config import Config, TrainingConfig
+from megatron.counts import parse_count
+from megatron.distributed.launch import connect, read_environment
+from megatron.errors import CommandLineError, run
+from megatron.evaluation.loading import load_model
+from megatron.evaluation.results import LAMBADA, STRIDE, WIKITEXT, describe, write_result
+from megatron.evaluation.scoring import MICRO_BATCH_TOKENS
+from megatron.evaluation.zeroshot import ZeroShotConfig, evaluate, evaluate_harness
+from megatron.tokenizer.build import add_tokenizer_flags, tokenizer_config
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The flags, with Megatron's names."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--task", required=True, help=f"{WIKITEXT}, {LAMBADA}, or tasks of lm-eval with commas between")
+    parser.add_argument(
+        "--load",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="a run or its checkpoints, of which the newest is taken, or one checkpoint, or a Hugging Face GPT-2",
+    )
+    parser.add_argument("--valid-data", type=Path, metavar="FILE", help="wiki.test.tokens, or lambada_test.jsonl")
+    parser.add_argument(
+        "--overlapping-eval",
+        type=parse_count,
+        default=STRIDE,
+        metavar="N",
+        help="WikiText: windows move on by N tokens and score the last N; the sequence length: they do not overlap "
+        f"(default: {STRIDE})",
+    )
+    parser.add_argument(
+        "--strict-lambada",
+        action="store_true",
+        help="LAMBADA: predict the whole last word, not the last token of the text alone",
+    )
+    parser.add_argument(
+        "--truncate-context",
+        action="store_true",
+        help="LAMBADA: keep the last tokens of a text that is longer than the model reads, instead of refusing it",
+    )
+    parser.add_argument(
+        "--seq-length", type=parse_count, metavar="N", help="tokens read at a time (default: the model's)"
+    )
+    parser.add_argument(
+        "--micro-batch-tokens",
+        type=parse_count,
+        default=MICRO_BATCH_TOKENS,
+        metavar="N",
+        help=f"tokens of a forward pass (default: {MICRO_BATCH_TOKENS})",
+    )
+    parser.add_argument(
+        "--dtype", choices=tuple(DTYPES), default="fp32", help="of weights and arithmetic (default: fp32)"
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: CUDA where it is)")
+    parser.add_argument("--output", type=Path, metavar="JSON", help="write the result here too")
+    group = parser.add_argument_group("lm-eval")
+    group.add_argument(
+        "--limit", type=parse_count, metavar="N", help="examples of each task, for a trial (default: all)"
+    )
+    group.add_argument("--include-path", type=Path, metavar="DIR", help="task files of your own")
+    add_tokenizer_flags(parser)
+    return parser.parse_args()
+
+
+def check(given: argparse.Namespace, ranks: int) -> None:
+    """Raise CommandLineError, before a model is loaded, for flags that do not go together."""
+    if given.output is not None and not given.output.parent.is_dir():
+        raise CommandLineError(f"--output {given.output}: {given.output.parent} is no directory; make it first")
+    if given.task in (WIKITEXT, LAMBADA):
+        if given.valid_data is None:
+            raise CommandLineError(f"--task {given.task} needs --valid-data FILE, the text to evaluate on")
+        if given.limit is not None or given.include_path is not None:
+            raise CommandLineError(f"--limit and --include-path are for tasks of lm-eval, not {given.task}: drop them")
+        return
+    tasks = f"--task {given.task} is for lm-eval ({WIKITEXT} and {LAMBADA} are not)"
+    if given.valid_data is not None:
+        raise CommandLineError(f"{tasks}, which brings its own data: drop --valid-data, or correct --task")
+    if ranks > 1:
+        raise CommandLineError(f"{tasks}, which runs in one process here: start it without torchrun")
+
+
+def main() -> None:
+    """Evaluate, print the result, and write it."""
+    given = parse_arguments()
+    ranks = read_environment().size
+    check(given, ranks)
+    tokenizer = tokenizer_config(given)
+    # One sequence a rank: they share nothing but the work.
+    training = TrainingConfig(train_iters=1, global_batch_size=ranks, device=given.device)
+    with connect(Config(training=training)) as (world, _):
+        device = world.device.type
+        loaded = world.everywhere(lambda: load_model(given.load, tokenizer=tokenizer, device=device, dtype=given.dtype))
+        if given.task in (WIKITEXT, LAMBADA):
+            fields = dataclasses.fields(ZeroShotConfig)
+            config = ZeroShotConfig(**{field.name: getattr(given, field.name) for field in fields})
+            result = evaluate(loaded, config, world)
+        else:
+            result = evaluate_harness(loaded, given.task, limit=given.limit, include_path=given.include_path)
+        if world.is_main:
+            print(describe(result))
+            for path in write_result(result, load=given.load, output=given.output):
+                print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,117 @@
+"""Write text with a trained model, one JSON object a sample.
+
+    python tools/generate_samples_gpt2.py --load runs/slw --num-samples 4 --top-p 0.9
+    python tools/generate_samples_gpt2.py --load runs/slw --sample-input-file prompts.txt --greedy --out-seq-length 64
+
+Without --sample-input-file it writes from nothing: after the token that ends a document.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from the source tree, installed or not
+
+from megatron.arguments import Parser
+from megatron.checkpointing.weights import DTYPES
+from megatron.config import require
+from megatron.errors import run
+from megatron.evaluation.generation import STANDARD_INPUT, Sampling, output_stream, read_prompts, write_samples
+from megatron.evaluation.loading import load_model
+from megatron.tokenizer.build import add_tokenizer_flags, tokenizer_config
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The flags."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument(
+        "--load",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="a run or its checkpoints, of which the newest is taken; one checkpoint; a Hugging Face GPT-2 directory",
+    )
+    what = parser.add_argument_group("What to write")
+    what.add_argument(
+        "--sample-input-file",
+        type=Path,
+        metavar="FILE",
+        help="a prompt a line; - is standard input, where each line is answered at once",
+    )
+    what.add_argument(
+        "--sample-output-file",
+        "--genfile",
+        type=Path,
+        metavar="FILE",
+        help="where to write, over what is there (default: standard output)",
+    )
+    what.add_argument("--num-samples", type=int, default=1, metavar="N", help="samples of each prompt (default: 1)")
+    what.add_argument(
+        "--out-seq-length",
+        type=int,
+        default=1024,
+        metavar="N",
+        help="longest text, in tokens after the prompt; the model's --seq-length ends it too (default: 1024)",
+    )
+    how = parser.add_argument_group("How to choose the next token")
+    how.add_argument("--greedy", action="store_true", help="the likeliest one")
+    how.add_argument("--temperature", type=float, default=1.0, metavar="T", help="divide logits by this (default: 1)")
+    how.add_argument(
+        "--top-k", "--top_k", type=int, default=0, metavar="K", help="among the K likeliest (default: 0, among all)"
+    )
+    how.add_argument(
+        "--top-p",
+        "--top_p",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="among the likeliest that hold P of the probability, of the K if both are given (default: 0, among all)",
+    )
+    how.add_argument("--seed", type=int, default=1234, metavar="N", help="of the draws (default: 1234)")
+    machine = parser.add_argument_group("Machine")
+    machine.add_argument("--batch-size", type=int, default=8, metavar="N", help="samples at a time (default: 8)")
+    machine.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
+    machine.add_argument(
+        "--dtype", choices=tuple(DTYPES), default="fp32", help="of weights and results (default: fp32)"
+    )
+    machine.add_argument("--recompute", action="store_true", help="does nothing: keys and values are always kept")
+    add_tokenizer_flags(parser)
+    return parser.parse_known(sys.argv[1:])
+
+
+def main() -> None:
+    """Load, and write sample after sample."""
+    arguments = parse_arguments()
+    if arguments.recompute:
+        print("--recompute does nothing here: keys and values are always kept, the text is the same", file=sys.stderr)
+    for flag in ("num-samples", "out-seq-length", "batch-size"):
+        value = getattr(arguments, flag.replace("-", "_"))
+        require(value >= 1, f"--{flag} {value} must be at least 1")
+    sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.greedy)
+    loaded = load_model(
+        arguments.load, tokenizer=tokenizer_config(arguments), device=arguments.device, dtype=arguments.dtype
+    )
+    tokenizer, source, prompts = loaded.require_tokenizer(), arguments.sample_input_file, None
+    if source is not None:
+        prompts = read_prompts(source, tokenizer, loaded.config.seq_length)
+    samples = write_samples(
+        loaded.model,
+        tokenizer,
+        # A file is read to its end first, so that a fault in it costs nothing; lines from a person are not waited for.
+        prompts if prompts is None or source == STANDARD_INPUT else list(prompts),
+        num_samples=arguments.num_samples,
+        out_seq_length=arguments.out_seq_length,
+        batch_size=arguments.num_samples if source == STANDARD_INPUT else arguments.batch_size,
+        sampling=sampling,
+        seed=arguments.seed,
+    )
+    with output_stream(arguments.sample_output_file) as stream:
+        for sample in samples:
+            print(json.dumps(sample, ensure_ascii=False), file=stream, flush=True)
+
+
+if __name__ == "__main__":
+    run(main)
