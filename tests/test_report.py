@@ -13,8 +13,8 @@ from megatron.errors import UserError
 from megatron.instability.groups import group_runs
 from megatron.instability.quality import Arrival, time_to_quality
 from megatron.instability.statistics import Spread
-from megatron.instability.summary import Run, RunSummary, read_runs, summarise
-from megatron.instability.tables import Table, report_tables
+from megatron.instability.summary import Run, RunSummary, read_run, read_runs, summarise
+from megatron.instability.tables import Table, quality_table, report_tables
 
 
 def planted(home: Path, losses: dict[str, list[float]], seconds: dict[str, float] | None = None) -> list[Run]:
@@ -145,3 +145,18 @@ def test_a_run_without_steps_stands_in_every_table(tmp_path: Path) -> None:
     for title in ("Training instability", "Loss ratio against"):
         assert set(row(tables, title, "new")) == {"-"}
     assert row(tables, "Tokens and time", f"{math.exp(4.0):.2f} (best of slw)", "new") == ["did not reach"] * 3
+
+
+def test_zero_shot_results_stand_in_table_2_where_there_are_any(tmp_path: Path) -> None:
+    for name in ("plain", "measured"):
+        write_losses(tmp_path / name, [3.0, 2.0])
+    results = tmp_path / "measured" / "zeroshot.json"
+    results.write_text('{"WIKITEXT103": {"adjusted_perplexity": 27.784}, "LAMBADA-strict": {"accuracy": 0.3337}}')
+    runs = [read_run(tmp_path / name) for name in ("plain", "measured")]
+    table = quality_table([summarise(run) for run in runs])
+    assert table.header[-2:] == ("WikiText-103 perplexity, zero-shot", "LAMBADA accuracy, zero-shot")
+    assert [row.cells[-2:] for row in table.rows] == [("-", "-"), ("27.78", "33.37%")]
+    assert "zero-shot" not in str(quality_table([summarise(runs[0])]).header)
+    results.write_text('{"WIKITEXT103": {}}')
+    with pytest.raises(UserError, match=r"zeroshot\.json: expected a number adjusted_perplexity of WIKITEXT103"):
+        summarise(read_run(tmp_path / "measured"))

@@ -214,4 +214,3 @@ def test_a_run_that_diverged_has_no_loss_at_its_end(tmp_path: Path) -> None:
     assert (run.state.status, summary.first_non_finite) == ("diverged", 2)
     assert summary.validation_loss is not None and math.isnan(summary.validation_loss)
     assert summary.best_validation_loss == 2.5
-    assert summary.loss_ratio.max == math.inf

@@ -17,10 +17,10 @@ from zeroshot_models import obvious_wikitext as slow_wikitext
 
 from megatron.errors import UserError
 from megatron.evaluation.loading import Loaded, load_model
-from megatron.evaluation.results import LAMBADA, WIKITEXT, describe
 from megatron.evaluation.scoring import Piece, batches, score
 from megatron.evaluation.wikitext import detokenise, windows
 from megatron.evaluation.zeroshot import ZeroShotConfig, evaluate
+from megatron.instability.zeroshot_results import LAMBADA, WIKITEXT, describe
 
 transformers = pytest.importorskip("transformers")
 

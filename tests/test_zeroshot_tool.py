@@ -23,9 +23,9 @@ from megatron.distributed.world import World
 from megatron.errors import UserError
 from megatron.evaluation.lambada import Example, piece_of
 from megatron.evaluation.loading import Loaded, load_model
-from megatron.evaluation.results import LAMBADA, STRICT_LAMBADA, WIKITEXT, write_result
 from megatron.evaluation.scoring import Piece, score
 from megatron.evaluation.zeroshot import ZeroShotConfig, evaluate
+from megatron.instability.zeroshot_results import LAMBADA, STRICT_LAMBADA, WIKITEXT, write_result
 from megatron.layout import Layout
 from megatron.tokenizer.training import TrainedTokenizer
 

@@ -26,9 +26,9 @@ from megatron.counts import parse_count
 from megatron.distributed.launch import connect, read_environment
 from megatron.errors import CommandLineError, run
 from megatron.evaluation.loading import load_model
-from megatron.evaluation.results import LAMBADA, STRIDE, WIKITEXT, describe, write_result
 from megatron.evaluation.scoring import MICRO_BATCH_TOKENS
 from megatron.evaluation.zeroshot import ZeroShotConfig, evaluate, evaluate_harness
+from megatron.instability.zeroshot_results import LAMBADA, STRIDE, WIKITEXT, describe, write_result
 from megatron.tokenizer.build import add_tokenizer_flags, tokenizer_config
 
 

@@ -17,7 +17,7 @@ _ZSTD_BLOCK = 1 << 12  # packed bytes at a time: a block can grow more than ten 
 def unpacked(raw: IO[bytes], packing: str) -> IO[bytes]:
     """The unpacked bytes of `raw`; `packing` is one of PACKINGS or nothing. Reading raises one of DAMAGED."""
     if packing == ".gz":
-        return io.BufferedReader(gzip.GzipFile(fileobj=raw, mode="rb"), 1 << 20)  # type: ignore[arg-type]
+        return io.BufferedReader(gzip.GzipFile(fileobj=raw, mode="rb"), 1 << 20)
     if packing == ".zst":
         return _ZstdFrames(raw)  # type: ignore[return-value]
     return raw

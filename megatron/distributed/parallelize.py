@@ -71,7 +71,7 @@ def compile_model(model: GPT2Model, device: torch.device, training: TrainingConf
             "--attention-dropout, is faster"
         )
     for block in model.blocks:
-        block.forward = torch.compile(block.forward, dynamic=True, fullgraph=whole)  # type: ignore[method-assign]
+        block.forward = torch.compile(block.forward, dynamic=True, fullgraph=whole)
     model.head.loss = torch.compile(model.head.loss, dynamic=True, fullgraph=True)  # type: ignore[method-assign]
     return True
 
@@ -84,7 +84,7 @@ def recompute(model: GPT2Model, granularity: str, *, compiled: bool) -> None:
     if granularity == "selective":
         contexts["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
     for block in model.blocks:
-        block.forward = _checkpointed(block, block.forward, contexts)  # type: ignore[method-assign]
+        block.forward = _checkpointed(block, block.forward, contexts)
 
 
 def _checkpointed(block: nn.Module, forward: Callable[..., Tensor], contexts: dict[str, Any]) -> Callable[..., Tensor]:

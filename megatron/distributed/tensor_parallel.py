@@ -269,7 +269,7 @@ class _Copy(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return _all_reduce(gradient, ctx.group), None
 
 
@@ -279,7 +279,7 @@ class _Reduce(torch.autograd.Function):
         return _all_reduce(x, group)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient, None
 
 
@@ -290,7 +290,7 @@ class _Gather(torch.autograd.Function):
         return _all_gather_rows(x, group)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return _reduce_scatter_rows(gradient, ctx.group), None
 
 
@@ -301,7 +301,7 @@ class _Scatter(torch.autograd.Function):
         return _reduce_scatter_rows(x, group)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return _all_gather_rows(gradient, ctx.group), None
 
 
@@ -320,7 +320,7 @@ class _CrossEntropy(torch.autograd.Function):
         return total.log() - picked
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         softmax, column, mine = ctx.saved_tensors
         logits = softmax * gradient[:, None]
         logits = logits.scatter_add(1, column[:, None], -(gradient * mine)[:, None])

@@ -11,8 +11,8 @@ from typing import Any
 
 from megatron.console import format_count
 from megatron.errors import UserError
-from megatron.evaluation.results import RESULTS_FILE, STRICT_LAMBADA, STRIDE, WIKITEXT, read_results
 from megatron.instability.summary import Run, summarise
+from megatron.instability.zeroshot_results import STRICT_LAMBADA, STRIDE, WIKITEXT
 from megatron.model.recipe_tables import PRINTED, read_paper_runs
 
 PRINTED_ZEROSHOT = "zeroshot.csv"
@@ -93,15 +93,14 @@ def table2(runs: Sequence[Run], recipes: Path) -> str:
 def _measured(run: Run) -> list[str]:
     """A run's own cells, in the order of _MEASURES; hours are those of training, without evaluation."""
     summary = summarise(run)
-    path = None if run.path is None else run.path.with_name(RESULTS_FILE)
-    results = {} if path is None else read_results(path)
+    results = run.zeroshot
     try:
         perplexity, accuracy = (
             _cell(results[task], metric, style, summary.steps) if task in results else ABSENT
             for task, metric, style in ((WIKITEXT, "adjusted_perplexity", ",.2f"), (STRICT_LAMBADA, "accuracy", ".2%"))
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: a result is not whole ({error!r}): evaluate that task again") from None
+        raise UserError(f"{run.path}: a zero-shot result is not whole ({error!r}): evaluate that task again") from None
     hours = ABSENT if summary.seconds is None else f"{summary.seconds / 3600:,.2f}"
     return [f"{summary.steps:,}", format_count(summary.tokens), hours, perplexity, accuracy]
 

@@ -14,9 +14,9 @@ from megatron.distributed.world import ALONE, World
 from megatron.errors import UserError
 from megatron.evaluation.lambada import accuracies, piece_of, read_lambada
 from megatron.evaluation.loading import Loaded
-from megatron.evaluation.results import LAMBADA, STRICT_LAMBADA, STRIDE, WIKITEXT
 from megatron.evaluation.scoring import MICRO_BATCH_TOKENS, Piece, Scores, score
 from megatron.evaluation.wikitext import perplexities, read_wikitext, windows
+from megatron.instability.zeroshot_results import LAMBADA, STRICT_LAMBADA, STRIDE, WIKITEXT
 from megatron.metrics import json_safe
 from megatron.tokenizer.base import Tokenizer
 

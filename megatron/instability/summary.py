@@ -16,6 +16,7 @@ from megatron.errors import UserError
 from megatron.files import file_errors
 from megatron.instability.loss_ratio import LARGE_SPIKE, SPIKE
 from megatron.instability.statistics import Correlation, FloatArray, pearson, smoothed_loss_ratio
+from megatron.instability.zeroshot_results import RESULTS_FILE, STRICT_LAMBADA, WIKITEXT, read_results
 from megatron.metrics import METRICS_FILE, json_safe, read_lines
 
 EXIT_FILE = "exit.json"
@@ -51,6 +52,18 @@ class Run:
     tests: dict[str, FloatArray] = field(default_factory=dict)
     """Field -> one value an evaluation on the test split."""
     state: RunState = RunState("finished")
+    zeroshot: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Task -> what tools/evaluate_zeroshot.py found of it."""
+
+    def zeroshot_metric(self, task: str, metric: str) -> float | None:
+        """A number of a zero-shot result. Raises UserError for a result without it."""
+        if task not in self.zeroshot:
+            return None
+        try:
+            return float(self.zeroshot[task][metric])
+        except (KeyError, TypeError, ValueError):
+            path = self.path and self.path.with_name(RESULTS_FILE)
+            raise UserError(f"{path}: expected a number {metric} of {task}, found none: evaluate it again") from None
 
     @property
     def step_count(self) -> int:
@@ -113,6 +126,7 @@ def read_run(directory: Path | str, *, name: str | None = None) -> Run:
         path,
         _columns(path, tests),
         _state(path),
+        read_results(path.with_name(RESULTS_FILE)),
     )
 
 
@@ -186,6 +200,10 @@ class RunSummary:
     best_perplexity: float | None
     """exp(best_validation_loss)."""
     test_perplexity: float | None
+    wikitext_perplexity: float | None
+    """Zero-shot, adjusted, of WikiText-103."""
+    lambada_accuracy: float | None
+    """Zero-shot, of whole words."""
     """On the test split, of the last evaluation there."""
     loss_ratio: RatioSummary
     """Of Li et al. 2022."""
@@ -246,6 +264,8 @@ def summarise(run: Run) -> RunSummary:
         best_validation_loss=best,
         best_perplexity=perplexity_of(best),
         test_perplexity=perplexity_of(test_loss),
+        wikitext_perplexity=run.zeroshot_metric(WIKITEXT, "adjusted_perplexity"),
+        lambada_accuracy=run.zeroshot_metric(STRICT_LAMBADA, "accuracy"),
         loss_ratio=_ratio_summary(ratio),
         position_matched_loss_ratio=_ratio_summary(_ratios(run, "position_matched_loss_ratio")),
         smoothed_loss_ratio=_ratio_summary(run.smoothed_loss_ratio()),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from megatron.console import format_count, format_duration
@@ -128,8 +128,13 @@ def instability_table(summaries: Sequence[RunSummary]) -> Table:
 
 
 def quality_table(summaries: Sequence[RunSummary]) -> Table:
-    """The paper's Table 2, with the validation perplexity; the test split's only where it was evaluated."""
-    tested = any(s.test_perplexity is not None for s in summaries)
+    """The paper's Table 2, with the validation perplexity; test split and zero-shot only where they were evaluated."""
+    extra: list[tuple[str, Callable[[RunSummary], float | None], str]] = [
+        ("test perplexity", lambda s: s.test_perplexity, ",.2f"),
+        ("WikiText-103 perplexity, zero-shot", lambda s: s.wikitext_perplexity, ",.2f"),
+        ("LAMBADA accuracy, zero-shot", lambda s: s.lambada_accuracy, ".2%"),
+    ]
+    extra = [column for column in extra if any(column[1](s) is not None for s in summaries)]
     first = summaries[0]
 
     def factor(this: RunSummary, of_first: float | None, of_this: float | None) -> str:
@@ -148,7 +153,7 @@ def quality_table(summaries: Sequence[RunSummary]) -> Table:
             "wall time",
             "best validation perplexity",
             "last validation perplexity",
-            *(("test perplexity",) if tested else ()),
+            *(header for header, _, _ in extra),
         ),
         tuple(
             Row(
@@ -160,7 +165,7 @@ def quality_table(summaries: Sequence[RunSummary]) -> Table:
                     duration(s.elapsed) + factor(s, first.elapsed, s.elapsed),
                     number(s.best_perplexity, ",.2f"),
                     number(s.perplexity, ",.2f"),
-                    *((number(s.test_perplexity, ",.2f"),) if tested else ()),
+                    *(number(value(s), style) for _, value, style in extra),
                 ),
                 run,
             )

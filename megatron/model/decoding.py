@@ -100,7 +100,7 @@ class Decoder:
     @contextmanager
     def _attending(self, attend: Callable[..., Tensor]) -> Iterator[None]:
         """Within it each layer of the model attends by `attend(own, cache, q, k, v, mask)`: its own way, its cache."""
-        layers: list[Attention] = [block.attention for block in self._model.blocks]  # type: ignore[misc, union-attr]
+        layers: list[Attention] = [block.attention for block in self._model.blocks]
         before = [vars(layer).get("attend") for layer in layers]
         try:
             for layer, cache in zip(layers, self._cache, strict=True):

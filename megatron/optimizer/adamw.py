@@ -29,7 +29,7 @@ def decay_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, ob
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     """Fused AdamW over the decay groups. Its learning rate is set before every step."""
     return torch.optim.AdamW(
-        decay_groups(model, config),  # type: ignore[arg-type]
+        decay_groups(model, config),
         lr=0.0,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_eps,
