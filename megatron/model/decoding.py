@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -100,7 +101,7 @@ class Decoder:
     @contextmanager
     def _attending(self, attend: Callable[..., Tensor]) -> Iterator[None]:
         """Within it each layer of the model attends by `attend(own, cache, q, k, v, mask)`: its own way, its cache."""
-        layers: list[Attention] = [block.attention for block in self._model.blocks]
+        layers = [cast(Attention, block.attention) for block in self._model.blocks]
         before = [vars(layer).get("attend") for layer in layers]
         try:
             for layer, cache in zip(layers, self._cache, strict=True):
