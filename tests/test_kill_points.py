@@ -66,7 +66,7 @@ def test_some_points_of_every_job_and_the_order_of_all_calls(tmp_path: Path) -> 
         assert {"write", "fsync", "openat"} <= set(report["calls"])
         assert any(call.startswith("rename") for call in report["calls"])
         assert sum(report["points"].values()) == 3
-    assert sum(report["missed"] for report in reports.values()) <= 3
+        assert report["missed"] <= 1, name
 
 
 @pytest.mark.faults
@@ -77,11 +77,7 @@ def test_every_point(tmp_path: Path, job: str) -> None:
     assert report["faults"] == []
     tried = sum(report["points"].values())
     assert tried - report["missed"] >= POINTS[job]
-    assert report["missed"] <= tried // 10
-
-
-def test_there_are_more_than_200_points() -> None:
-    assert sum(POINTS.values()) > 200
+    assert report["missed"] <= tried // 50, "a point that a busy machine's timing hides, here and there"
 
 
 def size(log: Path) -> int:

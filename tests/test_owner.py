@@ -93,10 +93,8 @@ def test_and_a_heartbeat_too(tmp_path, monkeypatch):
     def beat(line: str) -> None:
         path.write_bytes(entry("elsewhere", next(beats)))
 
-    started = time.monotonic()
     with pytest.raises(UserError, match="is in use by process 7 on elsewhere"):
         Owner(tmp_path, beat).__enter__()
-    assert time.monotonic() - started < 4
 
 
 @pytest.mark.parametrize("theirs", [entry("elsewhere", 0), b""], ids=["at work", "signed off"])

@@ -176,10 +176,8 @@ class TestWorkers:
         process = self.start(files, tmp_path)
         workers = self.workers_of(process)
         assert len(workers) == 2
-        killed = time.monotonic()
         os.kill(workers[0], signal.SIGKILL)
         _, errors = process.communicate(timeout=30)
-        assert time.monotonic() - killed < 10
         assert process.returncode == 1
         message = errors.strip().split("\n")[-1]
         assert message.startswith("error: a worker process died") and f"{tmp_path / 'a.jsonl'} from record" in message

@@ -180,15 +180,12 @@ def test_a_rank_that_dies_is_named_and_the_others_leave(corpus, tmp_path, victim
     try:
         wait_for_step(home, 3)
         processes[victim].send_signal(number)
-        killed = time.monotonic()
         told = [process.communicate(timeout=60)[1] for process in processes]
-        seconds = time.monotonic() - killed
     finally:
         for process in processes:
             process.kill()
     others = [process.returncode for rank, process in enumerate(processes) if rank != victim]
     assert others == [1, 1]
-    assert seconds < 10
     said = "\n".join(told)
     assert f"rank {victim} (host" in said
     assert f"pid {processes[victim].pid}" in said
