@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -120,8 +123,8 @@ def test_seeds_are_grouped_and_spread(tmp_path: Path) -> None:
     assert (base.reached[label], slw.reached[label], alone.reached[label]) == (1, 2, 0)
     assert base.tokens_to[label] == Spread(1, 200.0, None, 200.0, 200.0)
     cells = row(report_tables(summaries, targets, [base, slw, alone]), "Seeds", "slw")
-    assert cells[0] == "2" and cells[7] == "2 of 2"
-    assert cells[1] == "23.37 ± 1.65 (22.20 to 24.53)"
+    assert cells[0] == "2" and cells[8] == "2 of 2"
+    assert cells[1:3] == ("3.150 ± 0.071 (3.100 to 3.200)", "23.37 ± 1.65 (22.20 to 24.53)")
 
 
 def test_groups_by_pattern(tmp_path: Path) -> None:
@@ -160,3 +163,19 @@ def test_zero_shot_results_stand_in_table_2_where_there_are_any(tmp_path: Path) 
     results.write_text('{"WIKITEXT103": {}}')
     with pytest.raises(UserError, match=r"zeroshot\.json: expected a number adjusted_perplexity of WIKITEXT103"):
         summarise(read_run(tmp_path / "measured"))
+
+
+def test_a_terminal_shows_many_runs_by_their_seeds(tmp_path: Path) -> None:
+    losses = {"slw": (2.0, 2.2, 2.4, 2.6), "baseline": (3.0, 3.0, 3.0)}
+    for name, ends in losses.items():
+        for seed, end in enumerate(ends):
+            home = tmp_path / f"{name}-seed{seed}"
+            write_losses(home, [4.0, end])
+            with (home / "metrics.jsonl").open("a") as log:
+                log.write(json.dumps({"event": "validation", "iteration": 2, "consumed_tokens": 8, "loss": end}) + "\n")
+    tool = [sys.executable, str(Path(__file__).parents[1] / "tools/compare_runs.py"), *map(str, tmp_path.iterdir())]
+    said = subprocess.run(tool, capture_output=True, text=True, check=True).stdout
+    rows = {line.split()[0]: line for line in said.splitlines() if line and line[0] in "sb"}
+    assert rows.keys() == {"slw", "baseline"}
+    assert "2.300 ± 0.258 (2.000 to 2.600)" in rows["slw"] and rows["slw"].split()[1] == "4"
+    assert max(map(len, said.splitlines())) < 120

@@ -21,9 +21,12 @@ from megatron.instability.figures import figure_comparison
 from megatron.instability.groups import group_runs
 from megatron.instability.html_report import write_report
 from megatron.instability.quality import time_to_quality
-from megatron.instability.report import comparison_table, verdict
+from megatron.instability.report import aligned, comparison_table, verdict
 from megatron.instability.summary import read_runs, summarise
-from megatron.instability.tables import report_tables
+from megatron.instability.tables import groups_table, report_tables
+
+MANY = 6
+"""Runs beyond which a terminal shows seeds together, and leaves each run to the report."""
 
 
 def parse() -> argparse.Namespace:
@@ -77,9 +80,13 @@ def main() -> None:
         }
         print(json.dumps(report, allow_nan=False))
         return
-    print(comparison_table(summaries, markdown=arguments.markdown))
-    if len(runs) > 1:
-        print(f"\n{sentences}")
+    if groups and len(runs) > MANY:
+        seeds = groups_table(groups, brief=True)
+        print(aligned([seeds.header, *(row.cells for row in seeds.rows)], arguments.markdown))
+    else:
+        print(comparison_table(summaries, markdown=arguments.markdown))
+        if len(runs) > 1:
+            print(f"\n{sentences}")
     if arguments.output is not None:
         print(f"\nfigure: {arguments.output}")
     if arguments.html is not None:

@@ -34,7 +34,11 @@ ROWS: tuple[tuple[str, Callable[[RunSummary], str]], ...] = (
 def comparison_table(summaries: Sequence[RunSummary], *, markdown: bool = False) -> str:
     """A row a measure, a column a run: aligned plain text, or a Markdown table."""
     cells = [["", *(summary.name for summary in summaries)]]
-    cells += [[label, *(value(summary) for summary in summaries)] for label, value in ROWS]
+    return aligned(cells + [[label, *(value(summary) for summary in summaries)] for label, value in ROWS], markdown)
+
+
+def aligned(cells: Sequence[Sequence[str]], markdown: bool = False) -> str:
+    """Rows of equally many cells, the header first, as plain text or as a Markdown table."""
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     lines = []
     for row in cells:

@@ -17,6 +17,7 @@ SILENT_SECONDS = 600
 """A run whose log has been silent for longer may have died."""
 
 _GROUP_COLUMNS = (
+    ("validation_loss", "last validation loss", ".3f"),
     ("perplexity", "last validation perplexity", ",.2f"),
     ("best_perplexity", "best validation perplexity", ",.2f"),
     ("max_loss_ratio", "largest loss ratio", ".3f"),
@@ -25,6 +26,8 @@ _GROUP_COLUMNS = (
     ("max_smoothed_loss_ratio", "largest smoothed ratio", ".3f"),
 )
 """Measure, header and format of a column of `groups_table`."""
+_BRIEFLY = ("validation_loss", "max_loss_ratio", "steps_above_1_2")
+"""Those that a terminal has room for."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ def report_tables(summaries: Sequence[RunSummary], targets: Sequence[Target], gr
     """Every table that there is something to say in, in the order of reading."""
     tables = [
         runs_table(summaries),
+        *([groups_table(groups, targets)] if groups else []),
         instability_table(summaries),
         quality_table(summaries),
         correlation_table(summaries),
@@ -57,8 +61,6 @@ def report_tables(summaries: Sequence[RunSummary], targets: Sequence[Target], gr
     ]
     if targets:
         tables.append(targets_table(targets))
-    if groups:
-        tables.append(groups_table(groups, targets))
     return tables
 
 
@@ -251,15 +253,16 @@ def targets_table(targets: Sequence[Target]) -> Table:
     )
 
 
-def groups_table(groups: Sequence[Group], targets: Sequence[Target]) -> Table:
+def groups_table(groups: Sequence[Group], targets: Sequence[Target] = (), *, brief: bool = False) -> Table:
     """Mean and spread over the runs of a setting, as the seeds of the paper's Appendix A.2.1."""
+    columns = [column for column in _GROUP_COLUMNS if not brief or column[0] in _BRIEFLY]
 
     def cells(group: Group) -> tuple[str, ...]:
         count = len(group.runs)
         return (
             group.name,
             str(count),
-            *(spread_text(group.spreads[measure], style, count) for measure, _, style in _GROUP_COLUMNS),
+            *(spread_text(group.spreads[measure], style, count) for measure, _, style in columns),
             *(f"{group.reached[target.label]} of {count}" for target in targets),
         )
 
@@ -270,7 +273,7 @@ def groups_table(groups: Sequence[Group], targets: Sequence[Target]) -> Table:
         (
             "group",
             "n",
-            *(title for _, title, _ in _GROUP_COLUMNS),
+            *(title for _, title, _ in columns),
             *(f"reached {target.perplexity:,.2f}" for target in targets),
         ),
         tuple(Row(cells(group)) for group in groups),
