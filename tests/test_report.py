@@ -124,7 +124,7 @@ def test_seeds_are_grouped_and_spread(tmp_path: Path) -> None:
     assert base.tokens_to[label] == Spread(1, 200.0, None, 200.0, 200.0)
     cells = row(report_tables(summaries, targets, [base, slw, alone]), "Seeds", "slw")
     assert cells[0] == "2" and cells[8] == "2 of 2"
-    assert cells[1:3] == ("3.150 ± 0.071 (3.100 to 3.200)", "23.37 ± 1.65 (22.20 to 24.53)")
+    assert tuple(cells[1:3]) == ("3.150 ± 0.071 (3.100 to 3.200)", "23.37 ± 1.65 (22.20 to 24.53)")
 
 
 def test_groups_by_pattern(tmp_path: Path) -> None:
