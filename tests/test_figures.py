@@ -11,7 +11,15 @@ from matplotlib.figure import Figure
 from synthetic_runs import write_run
 
 from megatron.errors import UserError
-from megatron.instability.curves import COLOURS, Panel, draw_panel, envelope, moving_average
+from megatron.instability.curves import (
+    COLOURS,
+    Panel,
+    draw_panel,
+    envelope,
+    legend_of,
+    moving_average,
+    places_of,
+)
 from megatron.instability.figures import PANELS, REPORT_FIGURES, figure_comparison, report_svg
 from megatron.instability.summary import Run, read_run
 
@@ -130,3 +138,9 @@ def test_a_report_of_many_long_runs_is_small() -> None:
     columns = {"iteration": steps, "consumed_tokens": 65_536 * steps}
     runs = [Run(str(index), columns | {name: 1 + random.random(2_000) for name in names}, {}) for index in range(24)]
     assert len(report_svg(REPORT_FIGURES[2], runs)) < 1_000_000
+
+
+def test_seeds_of_a_setting_share_a_colour_and_an_entry() -> None:
+    runs = [Run(name, {}, {}) for name in ("slw-seed1", "baseline", "slw-seed2", "slw", "other_seed7")]
+    assert places_of(runs) == [0, 1, 0, 0, 2]
+    assert legend_of(runs) == [(0, "slw (3 seeds)"), (1, "baseline"), (2, "other_seed7")]

@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from megatron.instability.groups import setting_of
 from megatron.instability.statistics import FloatArray
 from megatron.instability.summary import Run
 
@@ -84,18 +85,35 @@ _DERIVED: dict[str, Callable[[Run], FloatArray]] = {
 }
 
 
+def places_of(runs: Sequence[Run]) -> list[int]:
+    """Where each run stands in the row of colours: seeds of one setting share a place."""
+    settings = list(dict.fromkeys(setting_of(run.name) for run in runs))
+    return [settings.index(setting_of(run.name)) for run in runs]
+
+
+def legend_of(runs: Sequence[Run]) -> list[tuple[int, str]]:
+    """Place and name of every setting; of one with several seeds the name without them."""
+    named: dict[int, list[str]] = {}
+    for place, run in zip(places_of(runs), runs, strict=True):
+        named.setdefault(place, []).append(run.name)
+    return [
+        (place, names[0] if len(names) == 1 else f"{setting_of(names[0])} ({len(names)} seeds)")
+        for place, names in named.items()
+    ]
+
+
 def colour_of(index: int) -> str:
-    """The colour of the run at this place."""
+    """The colour of a run at this place."""
     return COLOURS[index % len(COLOURS)]
 
 
 def dashes_of(index: int) -> Any:
-    """The line style of the run at this place, as matplotlib takes it."""
+    """The line style of a run at this place, as matplotlib takes it."""
     return DASHES[index // len(COLOURS) % len(DASHES)]
 
 
 def marker_of(index: int) -> str:
-    """The marker of the run at this place."""
+    """The marker of a run at this place."""
     return MARKERS[index % len(MARKERS)]
 
 
@@ -135,7 +153,7 @@ def draw_panel(axis: Axes, panel: Panel, runs: Sequence[Run], *, points: int | N
     x_scale, x_label = _x_axis(panel.x, runs)
     y_scale, y_label = _learning_rate_axis(runs) if panel.y == "lr" else (1.0, panel.label)
     seen = False
-    for index, run in enumerate(runs):
+    for index, run in zip(places_of(runs), runs, strict=True):
         column = run.validation if panel.validation else run.step
         derived = _DERIVED.get(panel.y)
         x, y = column(panel.x) / x_scale, (column(panel.y) if derived is None else derived(run)) / y_scale

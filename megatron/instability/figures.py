@@ -30,6 +30,7 @@ from megatron.instability.curves import (
     colour_of,
     dashes_of,
     draw_panel,
+    legend_of,
     marker_of,
     moving_average,
 )
@@ -60,19 +61,21 @@ PANELS = (
 def figure_comparison(runs: Sequence[Run], path: Path | str | None) -> Figure:
     """Draw the runs in nine panels over tokens and time; save it as PNG (900 pixels wide on a page, 1800 in the file).
 
-    A run's colour follows from its place in `runs`. Returns the figure; `path=None` does not save it. Raises
-    UserError if `path` cannot be written.
+    A run's colour follows from its place in `runs`; seeds of one setting share it. Returns the figure; `path=None`
+    does not save it. Raises UserError if `path` cannot be written.
     """
     with matplotlib.rc_context(STYLE):
         spacing = ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.05, wspace=0.02, hspace=0.03)
-        figure = Figure(figsize=(9, 7.4 + 0.2 * ((len(runs) - 1) // 4)), layout=spacing)
+        legend = legend_of(runs)
+        columns = min(len(legend), max(1, 100 // (8 + max(len(name) for _, name in legend))), 4)
+        figure = Figure(figsize=(9, 7.4 + 0.2 * ((len(legend) - 1) // columns)), layout=spacing)
         FigureCanvasAgg(figure)
         axes = figure.subplots(3, 3)
         for axis, panel in zip(axes.flat, PANELS, strict=True):
             draw_panel(axis, panel, runs)
         _share_loss_range(axes[0], runs)
         _share_range(axes[1][2], axes[2][2])
-        figure.legend(handles=_legend(runs), loc="outside upper center", ncols=min(len(runs), 4), handlelength=2.4)
+        figure.legend(handles=_legend(runs), loc="outside upper center", ncols=columns, handlelength=2.4)
         if path is not None:
             _save(figure, Path(path))
     return figure
@@ -213,13 +216,13 @@ def _legend(runs: Sequence[Run]) -> list[Line2D]:
         Line2D(
             [],
             [],
-            color=colour_of(index),
-            linestyle=dashes_of(index),
-            marker=marker_of(index),
+            color=colour_of(place),
+            linestyle=dashes_of(place),
+            marker=marker_of(place),
             markersize=4,
-            label=run.name.replace("$", r"\$"),  # $...$ would be read as a formula
+            label=name.replace("$", r"\$"),  # $...$ would be read as a formula
         )
-        for index, run in enumerate(runs)
+        for place, name in legend_of(runs)
     ]
 
 

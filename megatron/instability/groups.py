@@ -17,6 +17,12 @@ from megatron.metrics import json_safe
 SEED = re.compile(r"[-_]seed\d+$", re.IGNORECASE)
 """The end of a run's name that its group does not have: slw-seed1234 and slw_seed1235 are both slw."""
 
+
+def setting_of(name: str) -> str:
+    """The name of a run without its seed."""
+    return SEED.sub("", name)
+
+
 MEASURES: dict[str, Callable[[RunSummary], float | None]] = {
     "validation_loss": lambda s: s.validation_loss,
     "perplexity": lambda s: s.perplexity,
@@ -62,7 +68,7 @@ def group_runs(summaries: Sequence[RunSummary], targets: Sequence[Target], patte
         matching = sorted({name for name, pattern in given if fnmatchcase(summary.name, pattern)})
         if len(matching) > 1:
             raise UserError(f"--group: the run {summary.name} matches both {matching[0]} and {matching[1]}")
-        members.setdefault(matching[0] if matching else SEED.sub("", summary.name), []).append(summary)
+        members.setdefault(matching[0] if matching else setting_of(summary.name), []).append(summary)
     for name, pattern in given:
         if not any(fnmatchcase(summary.name, pattern) for summary in summaries):
             names = ", ".join(summary.name for summary in summaries)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron.errors import UserError
 from megatron.files import file_errors, write_atomic
-from megatron.instability.curves import COLOURS
+from megatron.instability.curves import COLOURS, legend_of, places_of
 from megatron.instability.figures import REPORT_FIGURES, THEME, report_svg
 from megatron.instability.summary import Run
 from megatron.instability.tables import Table
@@ -69,7 +69,7 @@ def render(runs: Sequence[Run], tables: Sequence[Table], sentences: str = "") ->
         "<h1>Comparison of runs</h1>",
         _legend(runs),
         _verdict(sentences),
-        *(_table(table) for table in tables),
+        *(_table(table, places_of(runs)) for table in tables),
         *(
             f'<h2>{escape(figure.title)}</h2>\n<p class="note">{escape(figure.caption)}</p>\n'
             f"<figure>{report_svg(figure, runs)}</figure>"
@@ -106,7 +106,7 @@ def _verdict(sentences: str) -> str:
 
 
 def _legend(runs: Sequence[Run]) -> str:
-    items = "\n".join(f"<li>{_swatch(index)}{escape(run.name)}</li>" for index, run in enumerate(runs))
+    items = "\n".join(f"<li>{_swatch(place)}{escape(name)}</li>" for place, name in legend_of(runs))
     return f'<ul class="legend">\n{items}\n</ul>'
 
 
@@ -119,7 +119,7 @@ def _swatch(index: int) -> str:
     )
 
 
-def _table(table: Table) -> str:
+def _table(table: Table, places: Sequence[int]) -> str:
     styles = [' class="text"' if title in _TEXT_COLUMNS else "" for title in table.header]
     header = "".join(
         f'<th scope="col"{style}>{escape(title)}</th>' for title, style in zip(table.header, styles, strict=True)
@@ -129,7 +129,7 @@ def _table(table: Table) -> str:
         cells = [escape(cell) for cell in row.cells]
         if row.run is not None:
             name = table.header.index("run")
-            cells[name] = _swatch(row.run) + cells[name]
+            cells[name] = _swatch(places[row.run]) + cells[name]
         rows.append("".join(f"<td{style}>{cell}</td>" for cell, style in zip(cells, styles, strict=True)))
     body = "\n".join(f"<tr>{row}</tr>" for row in rows)
     return (
