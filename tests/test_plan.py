@@ -6,10 +6,12 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megatron.arguments import build_parser, parse_config
 from megatron.config import SeqlenWarmupConfig
+from megatron.data.indexed_writer import IndexedDatasetWriter
 from megatron.model.plan import plan_table, plan_totals
 from megatron.pacing.plan import lr_warmup_iterations, plan_run, reaches_full_length
 
@@ -84,3 +86,19 @@ def test_the_walks_of_the_tuner_end_where_they_know():
     assert lr_warmup_iterations(short) == planned.lr_warmup_iterations == 3000
     assert reaches_full_length(short) is (planned.full_length_iteration is not None) is False
     assert reaches_full_length(replace(short, seqlen_warmup=SeqlenWarmupConfig()))
+
+
+def test_the_vocabulary_is_the_datas_or_said_to_be_assumed(tmp_path):
+    recipe, data = str(RECIPES / "quickstart" / "slw.yaml"), tmp_path / "toy_text_document"
+    with IndexedDatasetWriter(data, np.uint16) as writer:
+        writer.add_document(np.arange(9))
+    sidecar = json.loads(Path(f"{data}.json").read_text())
+    Path(f"{data}.json").write_text(json.dumps(sidecar | {"vocab_size": 4096}))
+    assert "1.4M (vocabulary 4,096)" in run_tool("--config", recipe, "--data-path", str(data)).stdout
+    assert "vocabulary 1,000)" in run_tool("--config", recipe, "--vocab-size", "1000").stdout
+    assert "vocabulary 50,257, assumed: give --vocab-size" in run_tool("--config", recipe).stdout
+
+
+def test_mixed_pacing_reaches_full_length_again_and_again():
+    table = run_tool("--config", str(RECIPES / "gpt2-1.5b-b4k-first10k-mixed.yaml")).stdout
+    assert "step 901 for the first time: 128:900,1024:100, again and again" in table

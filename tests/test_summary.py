@@ -162,8 +162,9 @@ def test_verdict_names_whichever_wins(tmp_path: Path, slw_wins: bool) -> None:
     write_losses(tmp_path / "base", bad if slw_wins else good, seconds=0.5)
     write_losses(tmp_path / "slw", good if slw_wins else bad, seconds=0.4 if slw_wins else 0.6)
     text = verdict(read_runs([str(tmp_path / "base"), str(tmp_path / "slw")]))
-    winner = "slw" if slw_wins else "base"
-    assert f"{winner} has the lower validation loss at 200 tokens: 3.0000 against 3.5000 (0.5000 lower)" in text
+    winner, loser = ("slw", "base") if slw_wins else ("base", "slw")
+    lower = f"{winner} has a lower validation loss than {loser} at 200 tokens: 3.0000 against 3.5000 (0.5000 lower)"
+    assert lower in text
     assert f"{winner} took less time to train on 200 tokens" in text
     assert verdict(read_runs([str(tmp_path / "slw")])) == ""
 
@@ -173,7 +174,7 @@ def test_verdict_compares_at_equal_tokens(tmp_path: Path) -> None:
     write_losses(tmp_path / "base", [4.0, 4.0, 3.0, 3.0, 2.0, 2.0, 1.0, 1.0])
     write_losses(tmp_path / "slw", [4.0, 4.0, 3.0, 2.5])
     text = verdict(read_runs([str(tmp_path / "base"), str(tmp_path / "slw")]))
-    assert "slw has the lower validation loss at 400 tokens: 3.5000 against 4.0000" in text
+    assert "slw has a lower validation loss than base at 400 tokens: 3.5000 against 4.0000" in text
     assert "Both took about 00:02 to train on 400 tokens" in text
 
 

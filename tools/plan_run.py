@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 # Run from a source tree, installed or not.
@@ -11,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron.arguments import build_parser, parse_config
 from megatron.counts import parse_count
+from megatron.data.vocabulary import vocabulary_size
 from megatron.errors import EXIT_FAILURE, EXIT_FINISHED, run
 from megatron.instability.step_cost import fit_step_cost
 from megatron.instability.summary import read_runs
@@ -48,6 +50,7 @@ def main() -> int:
         "directories, or metrics.jsonl; they need steps of at least two lengths",
     )
     config, arguments = parse_config(parser, sys.argv[1:])
+    config = replace(config, tokenizer=replace(config.tokenizer, vocab_size=vocabulary_size(config)))
     fit = None if arguments.fit is None else fit_step_cost(read_runs(arguments.fit), config)
     cost = arguments.cost if fit is None else fit.cost
     totals = plan_totals(config, at=arguments.at)

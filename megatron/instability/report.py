@@ -94,7 +94,7 @@ def _compare_losses(names: tuple[str, str], losses: tuple[float, float], where: 
     if round(gap, 4) == 0:
         return f"{names[0]} and {names[1]} have the same validation loss {where} ({losses[0]:.4f})."
     return (
-        f"{names[lower]} has the lower validation loss {where}: "
+        f"{names[lower]} has a lower validation loss than {names[1 - lower]} {where}: "
         f"{losses[lower]:.4f} against {losses[1 - lower]:.4f} ({gap:.4f} lower)."
     )
 

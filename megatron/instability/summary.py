@@ -107,7 +107,9 @@ def read_run(directory: Path | str, *, name: str | None = None) -> Run:
     if path.is_dir() or path.suffix != ".jsonl":
         path = path / METRICS_FILE
     if not path.is_file():
-        raise UserError(f"{path}: no such file; expected the --save directory of a run")
+        if not any((path.parent / name).is_file() for name in ("owner.json", "config.yaml")):
+            raise UserError(f"{path}: no such file; expected the --save directory of a run")
+        return Run(name or path.resolve().parent.name, {}, {}, path, state=RunState("running"))  # it is starting
     steps: list[dict[str, Any]] = []
     validations: list[dict[str, Any]] = []
     tests: list[dict[str, Any]] = []

@@ -306,6 +306,8 @@ def read_journal(path: Path, settings: Mapping[str, Any]) -> dict[Trial, Outcome
         for name in sorted({*before, *settings})
         if before.get(name) != settings.get(name)
     ]
+    if changed and not finished and not any(path.parent.glob(f"trials/*/{METRICS_FILE}")):
+        return {}  # no trial has taken a step: there is nothing that the change could falsify
     if changed:
         raise UserError(
             f"{path}: its trials were made with {'; '.join(changed[:3])}"

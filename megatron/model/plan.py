@@ -45,6 +45,7 @@ def plan_totals(config: Config, at: int | None = None) -> dict[str, Any]:
         "lr_warmup_iterations": planned.lr_warmup_iterations,
         "lr_anchor_tokens": progress.lr_anchor_tokens,
         "vocab_size": vocab_size,
+        "vocab_size_assumed": config.tokenizer.vocab_size is None,
         "parameters": parameter_count(config.model, vocab_size),
         "flops": training_flops(
             config.model,
@@ -59,14 +60,18 @@ def plan_totals(config: Config, at: int | None = None) -> dict[str, Any]:
 def plan_table(config: Config, totals: dict[str, Any]) -> str:
     """The totals in words, and a few steps over the run."""
     full = totals["full_length_iteration"]
+    assumed = ", assumed: give --vocab-size, the tokenizer or --data-path" if totals["vocab_size_assumed"] else ""
+    when = f"step {full:,}" if full else "never"
+    if full and config.seqlen_warmup.seqlen_warmup == "mixed":
+        when += f" for the first time: {config.seqlen_warmup.seqlen_cycle}, again and again"
     lines = [
         f"iterations           {totals['iterations']:,}",
         f"tokens trained on    {totals['consumed_tokens']:,}",
         f"samples drawn        {totals['consumed_samples']:,}",
         f"discarded            {totals['discarded_share']:.1%} of the tokens drawn, by truncation",
-        f"full length from     {f'step {full:,}' if full else 'never'}",
+        f"full length from     {when}",
         f"LR warmup ends       after step {totals['lr_warmup_iterations']:,}",
-        f"parameters           {totals['parameters'] / 1e6:,.1f}M (vocabulary {totals['vocab_size']:,})",
+        f"parameters           {totals['parameters'] / 1e6:,.1f}M (vocabulary {totals['vocab_size']:,}{assumed})",
         f"FLOPs                {totals['flops']:.4g}",
         *([ADAPTIVE] if totals["lengthens_at_every_validation"] else []),
         "",

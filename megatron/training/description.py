@@ -25,6 +25,12 @@ def warnings(config: Config) -> list[str]:
     notes = []
     if config.checkpoint.save is None:
         notes.append("no --save DIR: nothing of this run will be kept")
+    files = config.tokenizer
+    if not (files.vocab_file or files.merge_file or files.tokenizer_file or files.vocab_size):
+        notes.append(
+            "no tokenizer's files are named: give --vocab-file and --merge-file, or --tokenizer-file, for tools that "
+            "evaluate or export the run to find"
+        )
     if plan_run(config).full_length_iteration is None:
         notes.append(f"the run ends before its sequence length reaches --seq-length {config.model.seq_length}")
     return notes

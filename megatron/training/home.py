@@ -31,7 +31,7 @@ it; a run that died left none."""
 
 
 def check_homes(config: CheckpointConfig) -> None:
-    """Refuse, before anything is built, a --save that is missing or holds another run; forget the last exit."""
+    """Refuse, before anything is built, a --save that is missing or holds another run."""
     if config.save is None:
         if config.save_interval is not None or config.save_interval_tokens is not None:
             raise UserError("--save-interval needs --save DIR, the directory to save to")
@@ -47,8 +47,6 @@ def check_homes(config: CheckpointConfig) -> None:
             raise UserError(
                 f"--finetune starts a new run, but --save {home} already holds one: choose another directory"
             )
-    with file_errors("delete", home / EXIT_FILE):
-        (home / EXIT_FILE).unlink(missing_ok=True)
 
 
 def continues(config: CheckpointConfig) -> bool:
@@ -112,6 +110,8 @@ def require_state(checkpoint: Checkpoint, needed: Collection[str], world: World)
         UserError: on every rank.
     """
     missing = sorted(set(needed) - checkpoint.state.keys())
+    if "progress" in missing:
+        raise world.fault(f"--load {checkpoint.path}: holds weights only; give --finetune to start a run from them")
     if missing:
         version = checkpoint.state.get("versions", {}).get("megatron", "unknown")
         raise world.fault(
@@ -144,7 +144,7 @@ def layout_name(config: Config, world: World) -> str:
 
 
 def open_home(config: Config, state: TrainState, console: ProgressLine) -> None:
-    """Make the run's directory ready, if --save names one, and write its config.yaml.
+    """Make the run's directory ready, if --save names one: write its config.yaml, and forget how it ended before.
 
     Raises:
         UserError: where it cannot take a checkpoint.
@@ -157,6 +157,8 @@ def open_home(config: Config, state: TrainState, console: ProgressLine) -> None:
     set_aside_newer(directory, state.progress.iteration, console.message)
     check_space(directory, collect(state.model, state.optimizer if config.checkpoint.save_optim else None))
     write_atomic(home / "config.yaml", to_yaml(config))
+    with file_errors("delete", home / EXIT_FILE):
+        (home / EXIT_FILE).unlink(missing_ok=True)
 
 
 def stop_file(config: Config, world: World) -> Path | None:
