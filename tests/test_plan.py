@@ -11,6 +11,7 @@ import pytest
 
 from megatron.arguments import build_parser, parse_config
 from megatron.config import SeqlenWarmupConfig
+from megatron.data.indexed_dataset import Sidecar
 from megatron.data.indexed_writer import IndexedDatasetWriter
 from megatron.model.plan import plan_table, plan_totals
 from megatron.pacing.plan import lr_warmup_iterations, plan_run, reaches_full_length
@@ -92,8 +93,8 @@ def test_the_vocabulary_is_the_datas_or_said_to_be_assumed(tmp_path):
     recipe, data = str(RECIPES / "quickstart" / "slw.yaml"), tmp_path / "toy_text_document"
     with IndexedDatasetWriter(data, np.uint16) as writer:
         writer.add_document(np.arange(9))
-    sidecar = json.loads(Path(f"{data}.json").read_text())
-    Path(f"{data}.json").write_text(json.dumps(sidecar | {"vocab_size": 4096}))
+    path = Path(f"{data}.json")
+    path.write_text(replace(Sidecar.read(path), vocab_size=4096).to_json())
     assert "1.4M (vocabulary 4,096)" in run_tool("--config", recipe, "--data-path", str(data)).stdout
     assert "vocabulary 1,000)" in run_tool("--config", recipe, "--vocab-size", "1000").stdout
     assert "vocabulary 50,257, assumed: give --vocab-size" in run_tool("--config", recipe).stdout

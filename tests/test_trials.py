@@ -253,6 +253,9 @@ def test_what_a_deepspeed_file_or_an_unset_has_changed_is_recommended_too(tmp_pa
 
 def test_logs_of_a_search_that_was_killed_in_its_first_trial_are_of_its_settings(tmp_path) -> None:
     assert tune(tmp_path, mode="fail 8 40").returncode == 1
+    assert tune(tmp_path, "--lr", "6e-3", mode="fail 8 40").returncode == 1, "no step was taken: it may change"
+    log = tmp_path / "out" / "trials" / "start8-T40" / "metrics.jsonl"
+    log.write_text('{"iteration": 1, "consumed_tokens": 8, "loss": 3.0}\n')
     again = tune(tmp_path, "--lr", "5e-3")
     assert again.returncode == 1 and "lr" in again.stderr and "another --output" in again.stderr
 
