@@ -215,6 +215,30 @@ errors.run(pretrain_gpt2.main)
     assert log_of(home) != log_of(straight)
 
 
+def test_a_resume_without_what_adaptive_pacing_remembers_is_noticed(corpus, tmp_path):
+    """At a rate at which this noise is only learnt by heart: a loss that no longer falls holds the length back."""
+    flags = [
+        *"--unset seqlen-warmup-iters --seqlen-warmup adaptive --seqlen-adaptive-step 8 --eval-interval 2".split(),
+        *"--seqlen-adaptive-tolerance 0 --lr 1e-1 --train-iters 14 --no-test".split(),
+    ]
+    whole, home = tmp_path / "whole", tmp_path / "run"
+    assert run(corpus, *flags, "--save", str(whole)).returncode == 0
+    assert run(corpus, *flags, "--save", str(home), "--exit-interval", "7").returncode == 75
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from megatron.pacing.seqlen_warmup import AdaptivePacing\n"
+        "from megatron import errors\n"
+        "import pretrain_gpt2\n"
+        "AdaptivePacing.load_state_dict = lambda self, state: None\n"
+        "errors.run(pretrain_gpt2.main)\n"
+    )
+    again = command(corpus, *flags, "--save", str(home), "--load", str(home))[2:]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    assert subprocess.run([sys.executable, "-c", code, *again], check=False, env=environment).returncode == 0
+    lengths = [[e["seqlen"] for e in log_of(run) if "seqlen" in e] for run in (whole, home)]
+    assert lengths[0][:7] == lengths[1][:7] and lengths[0] != lengths[1], lengths
+
+
 def test_a_model_learns_what_can_be_learned(tmp_path):
     """Documents that count upwards: the next token follows from the last one."""
     prefix = tmp_path / "count_text_document"
