@@ -39,7 +39,7 @@ def comparison_table(summaries: Sequence[RunSummary], *, markdown: bool = False)
 
 def aligned(cells: Sequence[Sequence[str]], markdown: bool = False) -> str:
     """Rows of equally many cells, the header first, as plain text or as a Markdown table."""
-    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+    widths = [max(3, *(len(row[column]) for row in cells)) for column in range(len(cells[0]))]  # Markdown's least rule
     lines = []
     for row in cells:
         first, *rest = (
