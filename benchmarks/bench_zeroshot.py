@@ -25,9 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megatron.checkpointing.huggingface import read_huggingface
 from megatron.checkpointing.weights import build_model
 from megatron.config import TokenizerConfig
-from megatron.evaluation.results import STRIDE
 from megatron.evaluation.scoring import MICRO_BATCH_TOKENS, Piece, score
 from megatron.evaluation.wikitext import windows
+from megatron.instability.zeroshot_results import STRIDE
 
 
 def plain_loop(model: Any, pieces: list[Piece], device: torch.device) -> float:
