@@ -135,6 +135,8 @@ def test_tokenizer_that_is_gone_changed_or_of_another_size(tmp_path: Path, files
     merges.write_text("".join(merges.read_text().splitlines(keepends=True)[:-1]))
     with pytest.raises(UserError, match=rf"vocab.json: expected the tokenizer with the fingerprint {fingerprint[:16]}"):
         load_model(run)
+    with pytest.raises(UserError, match=rf"vocab.json: expected the tokenizer with the fingerprint {fingerprint[:16]}"):
+        load_model(run, tokenizer=files)  # of the same size, given by flags
     merges.unlink()
     with pytest.raises(UserError, match=r"config.yaml: --merge-file .*cannot be read.*; give --vocab-file"):
         load_model(run)

@@ -58,9 +58,9 @@ def rank_file(
         layers[f"{theirs}mlp.dense_4h_to_h.weight"] = t[f"{ours}mlp.down.weight"][:, wide]
         layers[f"{theirs}mlp.dense_4h_to_h.bias"] = t[f"{ours}mlp.down.bias"]
     layers["final_layernorm.weight"], layers["final_layernorm.bias"] = t["final_norm.weight"], t["final_norm.bias"]
-    padded = torch.full((512, hidden), 7.0)  # padded by their rule, and not with zeros
+    padded = torch.full((384, hidden), 7.0)  # padded by their rule, and not with zeros
     padded[:300] = t["word_embeddings.weight"][:300]
-    words = padded[rank * 512 // ranks : (rank + 1) * 512 // ranks]
+    words = padded[rank * 384 // ranks : (rank + 1) * 384 // ranks]
     embedding = {
         "word_embeddings": {"weight": words},
         "position_embeddings": {"weight": t["position_embeddings.weight"]},
@@ -228,5 +228,7 @@ def test_vocabulary_has_to_be_said_and_to_fit(tmp_path: Path) -> None:
     write(tmp_path)
     with pytest.raises(UserError, match=r"--from megatron needs the vocabulary: give --vocab-file"):
         read_megatron(tmp_path)
-    with pytest.raises(UserError, match=r"at least the 513 rows of the vocabulary given, found 512"):
-        read_megatron(tmp_path, TokenizerConfig(vocab_size=513))
+    with pytest.raises(UserError, match=r"fewer than 128 rows of padding after the vocabulary's 30, found 384 in all"):
+        read_megatron(tmp_path, TokenizerConfig(vocab_size=30))
+    with pytest.raises(UserError, match=r"at least the 385 rows of the vocabulary given, found 384"):
+        read_megatron(tmp_path, TokenizerConfig(vocab_size=385))

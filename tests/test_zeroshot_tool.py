@@ -287,3 +287,26 @@ def test_lm_eval_through_the_tool(model_directory: Path, loaded: Loaded, tmp_pat
     expected = run_harness(loaded, ["own"], include_path=tmp_path)
     assert (written["task"], written["results"]) == ("own", expected["results"])
     assert result.stdout.startswith(f"own: bits_per_byte {expected['results']['own']['bits_per_byte,none']:.4f}")
+
+
+def test_a_result_is_not_lost_for_what_the_run_kept_before(tmp_path: Path) -> None:
+    run, output = tmp_path / "run", tmp_path / "result.json"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "zeroshot.json").write_text("{")
+    result = {"task": WIKITEXT, "adjusted_perplexity": 3.0}
+    with pytest.raises(UserError, match=r"zeroshot\.json: expected an object with a result a task"):
+        write_result(result, load=run, output=output)
+    assert json.loads(output.read_text()) == result
+
+
+@pytest.mark.parametrize("broken", [True, False])
+def test_what_would_lose_the_result_is_found_before_the_evaluation(tmp_path: Path, broken: bool) -> None:
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    if broken:
+        (run / "zeroshot.json").write_text("{")
+    tool = [sys.executable, str(Path(__file__).parents[1] / "tools/evaluate_zeroshot.py"), "--task", WIKITEXT]
+    arguments = ["--load", str(run), "--valid-data", "none", "--output", str(tmp_path)]
+    told = subprocess.run([*tool, *arguments[: 4 if broken else 6]], capture_output=True, text=True, check=False)
+    expected = "zeroshot.json: expected an object" if broken else f"--output {tmp_path} is a directory: name a file"
+    assert told.returncode != 0 and expected in told.stderr and told.stderr.count("\n") == 1

@@ -28,7 +28,15 @@ from megatron.errors import CommandLineError, run
 from megatron.evaluation.loading import load_model
 from megatron.evaluation.scoring import MICRO_BATCH_TOKENS
 from megatron.evaluation.zeroshot import ZeroShotConfig, evaluate, evaluate_harness
-from megatron.instability.zeroshot_results import LAMBADA, STRIDE, WIKITEXT, describe, write_result
+from megatron.instability.zeroshot_results import (
+    LAMBADA,
+    STRIDE,
+    WIKITEXT,
+    describe,
+    kept_results,
+    read_results,
+    write_result,
+)
 from megatron.tokenizer.build import add_tokenizer_flags, tokenizer_config
 
 
@@ -90,6 +98,10 @@ def parse_arguments() -> argparse.Namespace:
 
 def check(given: argparse.Namespace, ranks: int) -> None:
     """Raise CommandLineError, before a model is loaded, for flags that do not go together."""
+    if given.output is not None and given.output.is_dir():
+        raise CommandLineError(f"--output {given.output} is a directory: name a file in it")
+    if (kept := kept_results(given.load)) is not None:
+        read_results(kept)  # a broken one is better found before the evaluation than after it
     if given.output is not None and not given.output.parent.is_dir():
         raise CommandLineError(f"--output {given.output}: {given.output.parent} is no directory; make it first")
     if given.task in (WIKITEXT, LAMBADA):

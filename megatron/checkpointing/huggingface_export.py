@@ -53,6 +53,7 @@ def export_huggingface(weights: Weights, output: Path, *, dtype: str | None = No
         UserError: where `output` is there already and not empty, cannot be written or cannot hold the values; or where
             the logits differ.
     """
+    output = output.resolve()  # "." has no name to stand beside
     require_free(output)
     tensors = cast(weights.tensors, dtype)
     rounded = Weights(weights.config, weights.vocabulary, {n: t.float() for n, t in tensors.items()}, weights.source)

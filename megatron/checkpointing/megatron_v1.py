@@ -114,6 +114,13 @@ def read_megatron(directory: Path, tokenizer: TokenizerConfig = NO_FLAGS) -> Wei
                     f"{where}: expected at least the {vocabulary.size:,} rows of the vocabulary given, found "
                     f"{len(merged):,}; give the tokenizer that the model was trained with"
                 )
+            multiple = getattr(ranks[0].get("args"), "make_vocab_size_divisible_by", None)
+            padding = (multiple if type(multiple) is int else 128) * len(ranks)
+            if len(merged) - vocabulary.size >= padding:
+                raise UserError(
+                    f"{where}: expected fewer than {padding:,} rows of padding after the vocabulary's "
+                    f"{vocabulary.size:,}, found {len(merged):,} in all; give the tokenizer that it was trained with"
+                )
             merged = merged[: vocabulary.size]
         require_shape(merged, shape, where)
         tensors[name] = pad_rows(merged, config) if name == WORDS else merged.contiguous()

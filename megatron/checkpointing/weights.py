@@ -34,6 +34,7 @@ PREFIX = "model."
 WORDS = "word_embeddings.weight"
 NO_FLAGS = TokenizerConfig()
 """Tokenizer flags of which none is given."""
+_FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 ASK = "give --vocab-file and --merge-file, or --tokenizer-file"
 
 
@@ -77,12 +78,16 @@ def read_run(path: Path, tokenizer: TokenizerConfig = NO_FLAGS) -> Weights:
     config, _ = parse_config(build_parser(), ["--config", str(checkpoint.path / CONFIG)])
     tensors = read_named(checkpoint.path)
     noted = checkpoint.state.get("settings", {}).get("tokenizer")
-    vocabulary = named_vocabulary(tokenizer) or _vocabulary_of(config, checkpoint.path, noted)
+    given = named_vocabulary(tokenizer)
+    vocabulary = given or _vocabulary_of(config, checkpoint.path, noted)
     shapes = parameter_shapes(config.model, vocabulary.size)
     if missing := sorted(shapes.keys() - tensors.keys()):
         raise UserError(f"{checkpoint.path}: expected the weights of a GPT-2, found none of {missing[0]}")
     if vocabulary.fingerprint != noted:
         require_size(vocabulary, _used_rows(tensors[WORDS]), f"{checkpoint.path}")
+    same_kind = given is not None and given.tokenizer and tokenizer.tokenizer_type == config.tokenizer.tokenizer_type
+    if given is not None and same_kind and noted and _FINGERPRINT.fullmatch(noted):
+        _require_trained_with(given, checkpoint.path, noted)
     shapes[WORDS] = (config.model.padded_vocab_size(vocabulary.size), config.model.hidden_size)
     for name, shape in shapes.items():
         require_shape(tensors[name], shape, f"{checkpoint.path}: {name}")
@@ -246,11 +251,7 @@ def _vocabulary_of(config: Config, path: Path, noted: str | None) -> Vocabulary:
     except UserError as error:
         raise UserError(f"{path / CONFIG}: {error}; {ASK} as they are now, or --vocab-size alone") from error
     if vocabulary is not None:
-        if noted is not None and vocabulary.fingerprint != noted:
-            raise UserError(
-                f"{_flags(vocabulary.files)}: expected the tokenizer with the fingerprint {noted[:16]} that {path} was "
-                f"trained with, found {vocabulary.fingerprint[:16]}; {ASK} that it was trained with"
-            )
+        _require_trained_with(vocabulary, path, noted)
         return vocabulary
     for _, prefix in parse_data_path(config.data.data_path) if config.data.data_path else ():
         sidecar = Sidecar.read(paths_of(prefix)[2])
@@ -259,6 +260,15 @@ def _vocabulary_of(config: Config, path: Path, noted: str | None) -> Vocabulary:
     raise UserError(
         f"{path / CONFIG} names no tokenizer, and no data that says which one made it: {ASK}, or --vocab-size"
     )
+
+
+def _require_trained_with(vocabulary: Vocabulary, path: Path, noted: str | None) -> None:
+    """Refuse another tokenizer's files than those whose fingerprint the checkpoint notes, be its size the same."""
+    if noted is not None and vocabulary.fingerprint != noted:
+        raise UserError(
+            f"{_flags(vocabulary.files)}: expected the tokenizer with the fingerprint {noted[:16]} that {path} was "
+            f"trained with, found {vocabulary.fingerprint[:16]}; {ASK} that it was trained with"
+        )
 
 
 def _flags(files: TokenizerConfig) -> str:

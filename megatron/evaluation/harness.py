@@ -92,7 +92,7 @@ class MegatronSLW(TemplateLM):
             raise UserError("--model_args: expected load=DIR, a run, a checkpoint or a Hugging Face GPT-2 directory")
         if not isinstance(budget, int) or budget < 1:
             raise UserError(f"--model_args micro_batch_tokens={budget}: expected a whole number of at least 1")
-        return cls(load_model(Path(given.pop("load")), tokenizer=files, **given), budget)
+        return cls(load_model(Path(str(given.pop("load"))), tokenizer=files, **given), budget)
 
     @property
     def eot_token_id(self) -> int:

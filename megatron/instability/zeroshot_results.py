@@ -39,13 +39,23 @@ def write_result(result: dict[str, Any], *, load: Path, output: Path | None) -> 
 
     There it takes the place of the one that its task had. Raises UserError.
     """
-    contents = {} if output is None else {output: result}
-    if (load / CHECKPOINTS).is_dir():
-        kept = load / RESULTS_FILE
-        contents[kept] = read_results(kept) | {result["task"]: result}
-    for path, content in contents.items():
-        write_atomic(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
-    return list(contents)
+    written = []
+    if output is not None:
+        write_atomic(output, _text(result))
+        written.append(output)
+    if (kept := kept_results(load)) is not None:
+        write_atomic(kept, _text(read_results(kept) | {result["task"]: result}))
+        written.append(kept)
+    return written
+
+
+def kept_results(load: Path) -> Path | None:
+    """The zeroshot.json of the run that `load` is, whether there is one yet or not; None where it is no run."""
+    return load / RESULTS_FILE if (load / CHECKPOINTS).is_dir() else None
+
+
+def _text(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=2, allow_nan=False) + "\n"
 
 
 def describe(result: dict[str, Any]) -> str:
