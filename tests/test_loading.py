@@ -14,13 +14,16 @@ from random_models import SMALL, random_weights
 from megatron.arguments import to_yaml
 from megatron.checkpointing.checkpoint import save_checkpoint
 from megatron.checkpointing.huggingface_export import export_huggingface
-from megatron.checkpointing.weights import Vocabulary, named_vocabulary, save_weights, sized
+from megatron.checkpointing.weights import Vocabulary, find_weights, named_vocabulary, save_weights, sized
 from megatron.config import Config, DataConfig, TokenizerConfig
 from megatron.data.indexed_writer import IndexedDatasetWriter
+from megatron.distributed.world import World
 from megatron.errors import UserError
 from megatron.evaluation.loading import load_model
 from megatron.tokenizer.build import build_tokenizer
 from megatron.tokenizer.training import TrainedTokenizer, train_bpe
+from megatron.training.description import warnings
+from megatron.training.home import require_state
 
 
 @pytest.fixture
@@ -189,3 +192,27 @@ def test_nothing_there_and_a_damaged_shard(tmp_path: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:-1] + b"?")
     with pytest.raises(UserError, match=rf"{shard.name}: damaged, expected crc32"):
         load_model(tmp_path / "run")
+
+
+def test_weights_alone_start_a_run_only_where_that_is_asked_for(tmp_path: Path) -> None:
+    path = save_weights(random_weights(), tmp_path / "run")
+    checkpoint = find_weights(tmp_path / "run")
+    require_state(checkpoint, {"settings"}, World())
+    with pytest.raises(UserError, match=r"--load .*: holds weights only; give --finetune to start a run from them"):
+        require_state(checkpoint, {"settings", "progress", "rng"}, World())
+    assert path.exists()
+
+
+def test_a_run_that_names_no_tokenizer_is_told() -> None:
+    told = "no tokenizer's files are named"
+    assert any(told in note for note in warnings(Config()))
+    named = Config(tokenizer=TokenizerConfig(vocab_file="v", merge_file="m"))
+    assert not any(told in note for note in warnings(named))
+
+
+def test_an_export_into_the_directory_that_one_is_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = random_weights()
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    export_huggingface(weights, Path("."), dtype=None)
+    assert (tmp_path / "out" / "config.json").exists()

@@ -403,6 +403,8 @@ def test_a_resume_with_other_settings_is_refused(corpus, straight, change, named
     result = run(corpus, "--train-iters", "30", "--save", str(straight), "--load", str(straight), *change)
     assert result.returncode == 1
     assert named in result.stderr
+    ended = json.loads((straight / "exit.json").read_text())
+    assert (ended["status"], ended["iteration"]) == ("finished", 20), "a refused start changes nothing"
     assert "--override" in result.stderr
     assert result.stderr.count("\n") == 1
 

@@ -226,7 +226,7 @@ def test_the_tool_prints_and_writes(tmp_path: Path) -> None:
     [
         ("runs,tiny,,x\n", "paper.csv:2: expected 7 cells (section, recipe, at, paper, steps, tokens, hours), found 4"),
         ("runs,tiny,,x,12k,,\n", "paper.csv:2: steps: expected a number such as 58.8K, or nothing, found '12k'"),
-        ('runs,"tiny,,x,,,\n', "paper.csv: cannot read what the paper prints of its runs: unexpected end of data"),
+        ('runs,"tiny,,x,,,\n', "paper.csv: cannot read what the paper prints: unexpected end of data"),
         ("runs,none,,x,,,\n", "none.yaml: no such file"),
         ("runs,tiny,6,x,,,\n", "--at 6: the run ends after 5 iterations"),
         (

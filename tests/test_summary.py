@@ -215,3 +215,11 @@ def test_a_run_that_diverged_has_no_loss_at_its_end(tmp_path: Path) -> None:
     assert (run.state.status, summary.first_non_finite) == ("diverged", 2)
     assert summary.validation_loss is not None and math.isnan(summary.validation_loss)
     assert summary.best_validation_loss == 2.5
+
+
+def test_a_run_that_is_starting_has_no_log_yet(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"metrics\.jsonl: no such file; expected the --save directory"):
+        read_run(tmp_path)
+    (tmp_path / "owner.json").write_text("{}")
+    run = read_run(tmp_path)
+    assert (run.step_count, run.state.status, run.name) == (0, "running", tmp_path.name)

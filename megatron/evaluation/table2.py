@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from megatron.console import format_count
 from megatron.errors import UserError
 from megatron.instability.summary import Run, summarise
 from megatron.instability.zeroshot_results import STRICT_LAMBADA, STRIDE, WIKITEXT
-from megatron.model.recipe_tables import PRINTED, read_paper_runs
+from megatron.model.recipe_tables import PRINTED, read_paper_runs, read_printed_lines
 
 PRINTED_ZEROSHOT = "zeroshot.csv"
 """Beside the recipes: one Printed a line, of Table 2 and Table 6."""
@@ -45,22 +44,7 @@ class Printed:
 
 def read_printed(path: Path) -> list[Printed]:
     """Every line of a zeroshot.csv. Raises UserError, with file:line, for a line that is none."""
-    names = [field.name for field in fields(Printed)]
-    printed: list[Printed] = []
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            lines = csv.reader(file, strict=True)
-            for cells in lines:
-                if not printed and cells == names:
-                    continue
-                if len(cells) != len(names):
-                    raise UserError(
-                        f"{path}:{lines.line_num}: expected {len(names)} cells ({', '.join(names)}), found {len(cells)}"
-                    )
-                printed.append(Printed(*cells))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: cannot read what the paper prints: {error}") from None
-    return printed
+    return [line for _, line in read_printed_lines(path, Printed)]
 
 
 def table2(runs: Sequence[Run], recipes: Path) -> str:

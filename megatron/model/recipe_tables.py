@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from megatron.arguments import build_parser, parse_config
 from megatron.counts import parse_count
@@ -13,6 +14,7 @@ from megatron.errors import UserError
 from megatron.files import write_atomic
 from megatron.model.plan import plan_totals
 
+T = TypeVar("T")
 PRINTED = "paper.csv"
 """Beside the recipes: one PaperRun a line."""
 HEAD = (
@@ -52,24 +54,33 @@ class PaperRun:
 
 def read_paper_runs(path: Path) -> list[PaperRun]:
     """Every line of a paper.csv. Raises UserError, with file:line, for a line that is none."""
-    names = [field.name for field in fields(PaperRun)]
-    runs: list[PaperRun] = []
+    runs = []
+    for where, run in read_printed_lines(path, PaperRun):
+        for name in ("at", "steps", "tokens", "hours"):
+            if value := getattr(run, name):
+                _check_number(where, name, value)
+        runs.append(run)
+    return runs
+
+
+def read_printed_lines(path: Path, kind: type[T]) -> Iterator[tuple[str, T]]:
+    """Each line of a file of what the paper prints, after a head with the fields of the dataclass `kind`: file:line and
+    the line. Raises UserError, with file:line, for a line of another length, and where the file cannot be read."""
+    names = [field.name for field in fields(kind)]  # type: ignore[arg-type] # a dataclass of texts
+    first = True
     try:
         with path.open(encoding="utf-8", newline="") as file:
             lines = csv.reader(file, strict=True)
             for cells in lines:
                 where = f"{path}:{lines.line_num}"
-                if not runs and cells == names:
+                if first and cells == names:
                     continue
                 if len(cells) != len(names):
                     raise UserError(f"{where}: expected {len(names)} cells ({', '.join(names)}), found {len(cells)}")
-                runs.append(PaperRun(*cells))
-                for name in ("at", "steps", "tokens", "hours"):
-                    if value := getattr(runs[-1], name):
-                        _check_number(where, name, value)
+                first = False
+                yield where, kind(*cells)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: cannot read what the paper prints of its runs: {error}") from None
-    return runs
+        raise UserError(f"{path}: cannot read what the paper prints: {error}") from None
 
 
 def _check_number(where: str, name: str, text: str) -> None:

@@ -12,6 +12,7 @@ from megatron.console import ProgressLine
 from megatron.data.blending import parse_data_path
 from megatron.data.datasets import Datasets, build_datasets
 from megatron.data.sampler import SampleLoader
+from megatron.data.vocabulary import Vocabulary, find_vocabulary
 from megatron.distributed.launch import connect, under_torchrun
 from megatron.distributed.parallelize import place
 from megatron.distributed.watch import Watch
@@ -31,9 +32,7 @@ from megatron.training.loop import Run
 from megatron.training.owner import Owner
 from megatron.training.setup import (
     ModelProvider,
-    Vocabulary,
     build_state,
-    find_vocabulary,
     seed_generators,
 )
 from megatron.training.state import guarded_settings

@@ -1,19 +1,16 @@
-"""What stands before the first step: vocabulary, generators, model, state."""
+"""What stands before the first step: generators, model, state."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from megatron.config import Config, ModelConfig, ParallelConfig, TokenizerConfig
-from megatron.data.indexed_dataset import IndexedDataset
+from megatron.config import Config, ModelConfig, ParallelConfig
 from megatron.distributed.parallelize import parallelize
 from megatron.distributed.world import World
-from megatron.errors import UserError
 from megatron.instability.loss_ratio import SPIKE, PositionMatchedLossRatio
 from megatron.layout import padded_vocabulary
 from megatron.model.gpt2 import GPT2Model
@@ -21,48 +18,10 @@ from megatron.model.initialisation import generator_for
 from megatron.optimizer.adamw import build_optimizer
 from megatron.optimizer.loss_scale import LossScaler
 from megatron.pacing.seqlen_warmup import AdaptivePacing
-from megatron.tokenizer.build import build_tokenizer
 from megatron.training.state import TrainState
 
 ModelProvider = Callable[[ModelConfig, int], GPT2Model]
 """(model config, vocabulary size) -> model; it is called on the meta device, where tensors have no values."""
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """What training needs to know of the tokenizer."""
-
-    size: int
-    """Before padding."""
-    eod: int | None
-    fingerprint: str
-
-
-def find_vocabulary(config: TokenizerConfig, prefixes: list[str]) -> Vocabulary:
-    """The vocabulary that the tokenizer flags name, else --vocab-size, else what preprocessing noted of the data.
-
-    Raises:
-        UserError: where none of them says it, or two corpora disagree.
-    """
-    if config.vocab_file or config.merge_file or config.tokenizer_file:
-        if config.vocab_size is not None:
-            raise UserError("--vocab-size is for training without a tokenizer's files: drop it")
-        tokenizer = build_tokenizer(config.tokenizer_type, config.vocab_file, config.merge_file, config.tokenizer_file)
-        return Vocabulary(tokenizer.vocab_size, tokenizer.eod, tokenizer.fingerprint)
-    if config.vocab_size is not None:
-        return Vocabulary(config.vocab_size, None, f"vocabulary of {config.vocab_size}")
-    noted = {prefix: IndexedDataset(prefix).sidecar for prefix in prefixes}
-    found = set()
-    for prefix, sidecar in noted.items():
-        if sidecar is None or sidecar.vocab_size is None:
-            raise UserError(
-                f"{prefix} does not say which tokenizer made it: give --vocab-file and --merge-file, "
-                "--tokenizer-file, or --vocab-size"
-            )
-        found.add(Vocabulary(sidecar.vocab_size, sidecar.eod, sidecar.tokenizer_fingerprint or ""))
-    if len(found) != 1:
-        raise UserError(f"--data-path: the corpora were made with different tokenizers: {', '.join(prefixes)}")
-    return found.pop()
 
 
 def seed_generators(seed: int, world: World, parallel: ParallelConfig) -> None:
