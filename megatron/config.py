@@ -612,6 +612,8 @@ class TokenizerConfig:
     """merges.txt of the GPT-2 BPE."""
     tokenizer_file: str | None = None
     """tokenizer.json of Hugging Face tokenizers."""
+    eod_token: str | None = None
+    """The tokenizer's token that ends a document (default: <|endoftext|>)."""
     vocab_size: int | None = None
     """Train without a tokenizer: the vocabulary's size before padding."""
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
 import re
 import runpy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from zeroshot_models import save_hugging_face, small_gpt2
 
 from megatron.config import ModelConfig
 from megatron.errors import UserError
-from megatron.evaluation.generation import Continuation, Sampling, generate, read_prompts, write_samples
+from megatron.evaluation.generation import Continuation, Prompt, Sampling, generate, read_prompts, write_samples
 from megatron.evaluation.loading import load_model
 from megatron.model.decoding import Decoder
 from megatron.model.gpt2 import GPT2Model
@@ -265,6 +267,62 @@ def test_the_program_writes_json_lines(
     if Path("/dev/full").exists():
         with pytest.raises(UserError, match="cannot write /dev/full: disk full"):
             program(*base, "--sample-output-file", "/dev/full")
+
+
+def test_one_by_one_each_prompt_is_answered_before_the_next_is_read(tiny_tokenizer: TrainedTokenizer):
+    tokenizer, read = GPT2BPETokenizer(tiny_tokenizer.vocab_file, tiny_tokenizer.merge_file), []
+
+    def typed() -> Iterator[Prompt]:
+        for text in ("one", "two", "three"):
+            read.append(text)
+            yield Prompt(text, tokenizer.encode(text))
+
+    seen = []
+    for one_by_one in (True, False):
+        read.clear()
+        samples = write_samples(
+            build(tokenizer.vocab_size), tokenizer, typed(), num_samples=3, out_seq_length=2, batch_size=2,
+            sampling=Sampling(), seed=0, one_by_one=one_by_one,
+        )  # fmt: skip
+        seen.append([(sample, list(read)) for sample in samples])
+    alone, together = seen
+    assert [sample for sample, _ in alone] == [sample for sample, _ in together]
+    assert [len(before) for _, before in alone] == [1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert [len(before) for _, before in together] == [1, 1, 2, 2, 2, 2, 3, 3, 3]
+
+
+@pytest.mark.parametrize(("terminal", "batches"), [(False, [4, 4, 2]), (True, [2, 2, 2, 2, 2])])
+def test_standard_input_is_batched_unless_it_is_a_terminal(
+    terminal: bool, batches: list[int], tmp_path: Path, tiny_tokenizer: TrainedTokenizer, program: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
+):  # fmt: skip
+    pytest.importorskip("transformers")
+    files = tiny_tokenizer.vocab_file, tiny_tokenizer.merge_file
+    directory = save_hugging_face(small_gpt2(tiny_tokenizer.vocab_size, positions=64), tmp_path / "model", *files)
+    text = b"a\nbc\ndef\ng\nhi\n"
+    reader, writer = pty.openpty()[::-1] if terminal else os.pipe()
+    os.write(writer, text + (b"\x04" if terminal else b""))  # the end of a terminal's input is typed
+    if not terminal:
+        os.close(writer)
+    found: list[int] = []
+
+    def counted(model: GPT2Model, prompts: Sequence[Sequence[int]], **settings: Any) -> list[Continuation]:
+        found.append(len(prompts))
+        return generate(model, prompts, **settings)
+
+    monkeypatch.setattr("megatron.evaluation.generation.generate", counted)
+    standard_input = os.dup(0)
+    try:
+        os.dup2(reader, 0)
+        program("--load", directory, "--device", "cpu", "--sample-input-file", "-", "--num-samples", 2,
+                "--out-seq-length", 1, "--batch-size", 4)  # fmt: skip
+    finally:
+        os.dup2(standard_input, 0)
+        for descriptor in (standard_input, reader, *((writer,) if terminal else ())):
+            os.close(descriptor)
+    prompts = [json.loads(line)["prompt"] for line in capfd.readouterr().out.splitlines()]
+    assert prompts == [line for line in text.decode().split() for _ in range(2)]
+    assert found == batches
 
 
 def test_without_prompts_samples_start_after_the_end_of_text(tiny_tokenizer: TrainedTokenizer):

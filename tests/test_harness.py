@@ -8,15 +8,19 @@ import os
 import subprocess
 import sys
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 from zeroshot_models import learn, made_up_texts, save_hugging_face, small_gpt2
 
+from megatron.distributed.world import World
 from megatron.errors import UserError
 from megatron.evaluation.loading import Loaded, load_model
+from megatron.layout import Layout
 from megatron.tokenizer.gpt2_bpe import GPT2BPETokenizer
 from megatron.tokenizer.training import TrainedTokenizer
 
@@ -85,15 +89,22 @@ def tasks(harness: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path
     directory = tmp_path_factory.mktemp("tasks")
     data = directory / "data.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in documents()))
-    source = f"dataset_path: json\ndataset_name: null\ndataset_kwargs: {{data_files: {{test: {data}}}}}\n"
-    source += "test_split: test\nvalidation_split: null\ntraining_split: null\n"
     for name, body in OWN.items():
-        (directory / f"{name}.yaml").write_text(f"task: {name}\n{source}{body}")
+        write_task(directory, name, body, data)
     for name, file in THEIRS.items():
-        (directory / f"{name}.yaml").write_text(
-            f"include: {Path(lm_eval.__file__).parent / 'tasks' / file}\ntask: local_{name}\n{source}"
-        )
+        body = f"include: {Path(lm_eval.__file__).parent / 'tasks' / file}\n"
+        write_task(directory, f"local_{name}", body, data)
     return directory
+
+
+def write_task(directory: Path, name: str, body: str, data: Path) -> Path:
+    """A task file in the harness's format, on the documents in `data`."""
+    file = directory / f"{name}.yaml"
+    file.write_text(
+        f"task: {name}\ndataset_path: json\ndataset_name: null\ndataset_kwargs: {{data_files: {{test: {data}}}}}\n"
+        f"test_split: test\nvalidation_split: null\ntraining_split: null\n{body}"
+    )
+    return file
 
 
 @pytest.fixture(scope="module")
@@ -187,13 +198,13 @@ def test_the_papers_tasks_are_the_harness_tasks(harness: ModuleType, loaded: Loa
 
     assert len(harness.PAPER_TASKS) == 11
     assert set(harness.PAPER_TASKS) <= set(TaskManager().all_tasks)
-    with pytest.raises(UserError, match=r"--task piqa: the data cannot be read \(.*copy its cache"):
+    with pytest.raises(UserError, match=r"--task piqa \(.*\): the data cannot be read \(.*copy its cache"):
         harness.run_harness(loaded, ["piqa"])
 
 
 @pytest.mark.usefixtures("only_local_tasks")
 def test_an_unknown_task_is_named(harness: ModuleType, loaded: Loaded, tasks: Path):
-    with pytest.raises(UserError, match=r"--task own_choise: lm-eval knows no such task; did you mean own_choice\?"):
+    with pytest.raises(UserError, match=r"--task own_choise: lm-eval knows no such task .*; did you mean own_choice\?"):
         harness.run_harness(loaded, ["own_choise"], include_path=tasks)
 
 
@@ -208,18 +219,137 @@ def test_an_unknown_task_is_named(harness: ModuleType, loaded: Loaded, tasks: Pa
 def test_texts_that_cannot_be_written_are_refused(
     harness: ModuleType, loaded: Loaded, tasks: Path, tmp_path: Path, settings: str, message: str
 ):
-    task = (tasks / "own_writing.yaml").read_text().replace("max_gen_toks: 12, do_sample: false", settings)
-    (tmp_path / "own_writing.yaml").write_text(task)
+    body = OWN["own_writing"].replace("max_gen_toks: 12, do_sample: false", settings)
+    write_task(tmp_path, "own_writing", body, tasks / "data.jsonl")
     with pytest.raises(UserError, match=message):
         harness.run_harness(loaded, ["own_writing"], limit=2, include_path=tmp_path)
 
 
+ROW, ROLLING = '{"text": "cold river", "question": "a b"}\n', OWN["own_rolling"]
+
+
 @pytest.mark.usefixtures("only_local_tasks")
-def test_missing_data_is_named(harness: ModuleType, loaded: Loaded, tasks: Path, tmp_path: Path):
-    task = (tasks / "own_writing.yaml").read_text().replace(str(tasks / "data.jsonl"), str(tmp_path / "none.jsonl"))
-    (tmp_path / "own_writing.yaml").write_text(task)
-    with pytest.raises(UserError, match=r"--task own_writing: the data cannot be read \(.*none.jsonl"):
-        harness.run_harness(loaded, ["own_writing"], include_path=tmp_path)
+@pytest.mark.parametrize(
+    ("data", "body", "message"),
+    [
+        (ROW + '{"text": \n', ROLLING, r"cannot load it: DatasetGenerationError: .*, from .*JSON parse error.* in row"),
+        (
+            None,
+            ROLLING,
+            r"the data cannot be read \(FileNotFoundError: .*data.jsonl.*\); run it once where the hub can be",
+        ),
+        ("", ROLLING, r"cannot load it: StopIteration; mend that file or its data"),
+        ("\n", ROLLING, r"""cannot load it: ValueError: Instruction "test" corresponds to no data!"""),
+        (ROW, ROLLING.replace("{{text}}", "{{text"), r"cannot load it: TemplateSyntaxError: unexpected end of "),
+        (ROW, ROLLING.replace("{{text}}", "{{txt}}"), r"cannot load it: UndefinedError: 'txt' is undefined"),
+        (ROW, ROLLING.replace("_rolling", "s"), r"cannot load it: ValueError: Got invalid output_type 'log"),
+        (ROW.replace("cold river", ""), ROLLING, r"--task own: lm-eval failed: ZeroDivisionError: .*division by zero"),
+    ],
+)
+def test_what_fails_in_the_harness_is_one_line(
+    harness: ModuleType, loaded: Loaded, tmp_path: Path, data: str | None, body: str, message: str
+):
+    if data is not None:
+        (tmp_path / "data.jsonl").write_text(data)
+    file = write_task(tmp_path, "own", body, tmp_path / "data.jsonl")
+    with pytest.raises(UserError, match=message) as caught:
+        harness.run_harness(loaded, ["own"], include_path=tmp_path)
+    assert "\n" not in str(caught.value) and str(caught.value).startswith(("--task own: ", f"--task own ({file}): "))
+    assert caught.value.__cause__ is not None, "the harness's own error stays behind it"
+
+
+@pytest.mark.usefixtures("only_local_tasks")
+def test_a_fault_of_our_own_keeps_its_traceback(
+    harness: ModuleType, loaded: Loaded, tasks: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def broken(*_: object, **__: object) -> None:
+        raise ValueError("a programming error")
+
+    monkeypatch.setattr(harness, "score", broken)
+    with pytest.raises(ValueError, match="a programming error"):
+        harness.run_harness(loaded, ["own_choice"], limit=1, include_path=tasks)
+
+
+@pytest.mark.parametrize(
+    ("limit", "include_path", "message"),
+    [
+        (0, None, r"--limit 0: expected at least 1 example of each task"),
+        (None, Path(__file__), r"--include-path .*test_harness.py: is no directory; name the one"),
+        (None, Path("nowhere"), r"--include-path nowhere: is no directory; name the one"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_named(
+    harness: ModuleType, loaded: Loaded, limit: int | None, include_path: Path | None, message: str
+):
+    with pytest.raises(UserError, match=message):
+        harness.run_harness(loaded, ["own"], limit=limit, include_path=include_path)
+
+
+@pytest.mark.usefixtures("only_local_tasks")
+def test_a_tag_stands_for_its_tasks(harness: ModuleType, loaded: Loaded, tasks: Path, tmp_path: Path):
+    for name in ("one", "other"):
+        write_task(tmp_path, name, "tag: both\n" + OWN["own_choice"], tasks / "data.jsonl")
+    outcome = harness.run_harness(loaded, ["both"], limit=3, include_path=tmp_path)
+    assert set(outcome["results"]) == {"one", "other"}
+    assert outcome["average"] == pytest.approx(outcome["results"]["one"]["acc,none"])
+
+
+@pytest.mark.usefixtures("only_local_tasks")
+def test_what_lost_its_first_tokens_is_counted(harness: ModuleType, loaded: Loaded, tasks: Path):
+    """The fourth document is longer than the context; a rolling likelihood has windows, and loses nothing."""
+    for name, cut in (("own_writing", 1), ("own_rolling", 0), ("local_lambada_openai", 1)):
+        outcome = harness.run_harness(loaded, [name], include_path=tasks)
+        assert (outcome["seq_length"], outcome["truncated"]) == (POSITIONS, cut), name
+
+
+def test_each_rank_takes_its_share(harness: ModuleType, loaded: Loaded, monkeypatch: pytest.MonkeyPatch):
+    settings = {"until": ["e"], "max_gen_toks": 4, "do_sample": False}
+    prompts = [
+        harness.Instance(request_type="generate_until", doc={}, arguments=(row["question"], settings), idx=0)
+        for row in documents()
+    ]
+    continuations = [(None, [7], [number, number + 1]) for number in range(9)]
+    alone = harness.MegatronSLW(loaded, 60)
+    texts, scores = alone.generate_until(prompts), alone._loglikelihood_tokens(continuations)
+    written: list[list[tuple[int, str]]] = []
+    losses: list[torch.Tensor] = []
+    monkeypatch.setattr(World, "gather", lambda self, share: (written.append(share), [share])[1])
+    monkeypatch.setattr(World, "sum", lambda self, values: (losses.append(values[0].clone()), values)[1])
+    for rank in range(3):
+        one = harness.MegatronSLW(loaded, 8, World(rank=rank, layout=Layout(shard=3)))
+        one.generate_until(prompts)
+        one._loglikelihood_tokens(continuations)
+    assert all(written) and sorted(chain.from_iterable(written)) == list(enumerate(texts))
+    assert (-sum(losses)).tolist() == pytest.approx([likelihood for likelihood, _ in scores])
+    assert sum((share > 0).int() for share in losses).tolist() == [1] * 9
+
+
+@pytest.mark.slow
+def test_two_ranks_find_what_one_does(harness: ModuleType, directory: Path, tasks: Path, tmp_path: Path):
+    """Each kind of request, through the tool; a rank that took another's requests twice would change the numbers."""
+    found = []
+    for ranks in (1, 2):
+        launcher, output = [], tmp_path / f"{ranks}.json"
+        if ranks > 1:
+            launcher = [
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                "--local-addr",
+                "127.0.0.1",
+                "--nproc-per-node",
+                "2",
+            ]
+        command = [sys.executable, *launcher, "tools/evaluate_zeroshot.py", "--task",
+                   ",".join(OWN), "--load", str(directory), "--include-path", str(tasks), "--output", str(output),
+                   "--micro-batch-tokens", "700", "--device", "cpu"]  # fmt: skip
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("own_choice: ") == done.stdout.count("written to ") == 1
+        found.append(json.loads(output.read_text()))
+    assert [result["ranks"] for result in found] == [1, 2]
+    for name in ("results", "n-samples", "average", "truncated"):
+        assert found[0][name] == found[1][name], name
 
 
 @pytest.mark.parametrize("continuation", ["", " river" * 300])
@@ -241,13 +371,22 @@ def test_a_continuation_that_cannot_be_scored_is_refused(harness: ModuleType, lo
 )
 def test_model_arguments_that_make_no_sense_are_named(harness: ModuleType, arguments: str, message: str):
     with pytest.raises(UserError, match=message):
-        harness.MegatronSLW.create_from_arg_string(arguments, {"batch_size": 1, "device": "cuda:0"})
+        harness.MegatronSLW.create_from_arg_string(arguments, {"batch_size": 1, "device": "cpu"})
+
+
+@pytest.mark.parametrize(("arguments", "device"), [("load=x", "cuda:0"), ("load=x,device=cuda:0", None)])
+def test_a_gpu_that_is_not_there_is_refused(
+    harness: ModuleType, monkeypatch: pytest.MonkeyPatch, arguments: str, device: str | None
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=r"--device cuda: no CUDA device is available; use --device cpu"):
+        harness.MegatronSLW.create_from_arg_string(arguments, {"batch_size": 1, "device": device})
 
 
 @pytest.mark.slow
 def test_the_harness_command_line_knows_the_model(harness: ModuleType, directory: Path, tasks: Path):
     command = [sys.executable, "-m", "megatron.evaluation.harness", "--model", harness.NAME, "--tasks", "own_choice",
-               "--model_args", f"load={directory}", "--include_path", str(tasks)]  # fmt: skip
+               "--model_args", f"load={directory}", "--include_path", str(tasks), "--device", "cpu"]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "|own_choice|" in done.stdout
 

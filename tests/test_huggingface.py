@@ -23,6 +23,7 @@ from megatron.checkpointing.huggingface_export import export_huggingface
 from megatron.checkpointing.weights import Weights, build_model, named_vocabulary, read_run, save_weights
 from megatron.config import MODEL_SIZES, ModelConfig, TokenizerConfig
 from megatron.errors import UserError
+from megatron.evaluation.loading import load_model
 from megatron.tokenizer.training import TrainedTokenizer
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -30,8 +31,8 @@ transformers = pytest.importorskip("transformers", reason="needs transformers: p
 
 ROOT = Path(__file__).parents[1]
 LAYERS = {"117M": 12, "gpt3-125M": 12}
-"""The other presets are tested at their full width with so many layers that a test takes a second or two: all layers
-are alike to what converts them."""
+"""The other presets are tested at their full width with one layer, so that a test takes a second or two; with all of
+them in a slow test."""
 TEXT = "Tokens, tokens:\n\tdef f(x): return x + 1  # naïve\n"
 
 
@@ -70,20 +71,32 @@ def theirs(tmp_path: Path) -> Path:
     return tmp_path / "theirs"
 
 
-@pytest.mark.parametrize("size", MODEL_SIZES)
-def test_logits_are_theirs_for_the_shapes_of_the_presets_and_their_values_come_back(size: str, tmp_path: Path) -> None:
-    layers, hidden, heads = MODEL_SIZES[size]
-    config = ModelConfig(num_layers=LAYERS.get(size, 1), hidden_size=hidden, num_attention_heads=heads, seq_length=64)
-    assert config.num_layers <= layers
+def read_with_their_logits(size: str, layers: int, directory: Path) -> Weights:
+    """What we read of a random model of a preset's width, its logits compared with theirs."""
+    _, hidden, heads = MODEL_SIZES[size]
+    config = ModelConfig(num_layers=layers, hidden_size=hidden, num_attention_heads=heads, seq_length=64)
     model = their_model(config, 257)
-    model.save_pretrained(tmp_path / "theirs")
-    weights = read_huggingface(tmp_path / "theirs")
+    model.save_pretrained(directory)
     tokens = torch.randint(257, (2, 48), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         expected = model(tokens).logits
+    del model  # before ours is there: each takes 6 GB for 1.5B
     assert float(expected.std()) > 0.3
+    weights = read_huggingface(directory)
     torch.testing.assert_close(logits_of(weights, tokens), expected, rtol=0, atol=1e-5)
-    del model
+    return weights
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [size for size in MODEL_SIZES if size not in LAYERS])
+def test_logits_are_theirs_with_all_layers_of_the_larger_presets(size: str, tmp_path: Path) -> None:
+    read_with_their_logits(size, MODEL_SIZES[size][0], tmp_path)
+
+
+@pytest.mark.parametrize("size", MODEL_SIZES)
+def test_logits_are_theirs_for_the_shapes_of_the_presets_and_their_values_come_back(size: str, tmp_path: Path) -> None:
+    weights = read_with_their_logits(size, LAYERS.get(size, 1), tmp_path / "theirs")
+    assert weights.config.num_layers <= MODEL_SIZES[size][0]
     export_huggingface(weights, tmp_path / "ours")
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("theirs", "ours"))
     assert before.keys() == after.keys()
@@ -99,6 +112,41 @@ def test_ours_to_theirs_to_ours_is_the_same_to_the_bit(tmp_path: Path) -> None:
     save_weights(read_huggingface(tmp_path / "theirs"), tmp_path / "again")
     assert_same(read_run(tmp_path / "again"), weights)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "ours", "theirs"]
+
+
+def test_the_trained_length_comes_back_where_there_are_more_positions(
+    tiny_tokenizer: TrainedTokenizer,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    flags = TokenizerConfig("HFTokenizer", tokenizer_file=str(tiny_tokenizer.tokenizer_file))
+    vocabulary = named_vocabulary(flags)
+    assert vocabulary is not None
+    weights = random_weights(replace(SMALL, seq_length=16, max_position_embeddings=32), vocabulary)
+    save_weights(weights, tmp_path / "ours")
+    export_huggingface(read_run(tmp_path / "ours"), tmp_path / "theirs")
+    convert(monkeypatch, "--from", "hf", "--load", tmp_path / "theirs", "--save", tmp_path / "again")
+    assert "4 heads, length 16 of 32 positions, vocabulary 400" in capsys.readouterr().out
+    assert_same(read_run(tmp_path / "again"), weights)
+    assert load_model(tmp_path / "theirs").config == weights.config
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "theirs")
+    tokens = torch.randint(400, (1, 32), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        expected = model(tokens).logits
+    torch.testing.assert_close(logits_of(weights, tokens), expected, rtol=0, atol=1e-4)
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "theirs").model_max_length == 16
+    model.save_pretrained(tmp_path / "resaved")
+    assert read_huggingface(tmp_path / "resaved").config.seq_length == 16
+
+
+@pytest.mark.parametrize(("n_ctx", "length"), [(32, 32), (1024, 32), (None, 32), (24, 24)])
+def test_length_of_other_peoples_models(theirs: Path, n_ctx: int | None, length: int) -> None:
+    path = theirs / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"n_ctx": n_ctx}))
+    config = read_huggingface(theirs).config
+    assert (config.seq_length, config.positions) == (length, 32)
 
 
 @pytest.mark.parametrize("kind", ["vocab.json and merges.txt", "tokenizer.json"])
@@ -148,10 +196,23 @@ def test_several_files_and_a_pickle_hold_the_same(theirs: Path, tmp_path: Path) 
     assert_same(read_huggingface(tmp_path / "shards"), expected)
     table = {name.removeprefix("transformer."): tensor for name, tensor in model.state_dict().items()}
     table["h.0.attn.bias"] = torch.ones(1, 1, 32, 32).tril()  # as OpenAI's own files
+    table["h.1.attn.bias"] = table["h.0.attn.bias"].to(torch.uint8)  # as later ones
     torch.save(table, tmp_path / "shards" / "pytorch_model.bin")
     for path in (tmp_path / "shards").glob("model*"):
         path.unlink()
     assert_same(read_huggingface(tmp_path / "shards"), expected)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_weights_that_are_not_floating_point_are_refused(theirs: Path, name: str) -> None:
+    tensors = load_file(theirs / "model.safetensors")
+    tensors["transformer.h.1.mlp.c_fc.bias"] = torch.arange(192)
+    (theirs / "model.safetensors").unlink()
+    (save_file if name.endswith(".safetensors") else torch.save)(tensors, theirs / name)
+    with pytest.raises(
+        UserError, match=rf"{name}: transformer.h.1.mlp.c_fc.bias: expected floating point values, found int64: convert"
+    ):
+        read_huggingface(theirs)
 
 
 def test_code_in_a_pickle_is_not_run(theirs: Path, tmp_path: Path) -> None:
@@ -176,6 +237,7 @@ def test_code_in_a_pickle_is_not_run(theirs: Path, tmp_path: Path) -> None:
         ("n_inner", 100, r"n_inner: expected null or 4 x n_embd = 192, found 100"),
         ("n_layer", "two", r"n_layer: expected a positive whole number, found 'two'"),
         ("n_head", 5, r"config.json: --hidden-size 48 must be a multiple of --num-attention-heads 5"),
+        ("n_ctx", 0, r"n_ctx: expected a positive whole number, found 0"),
         ("attn_pdrop", None, r"attn_pdrop: expected a number, found None"),
         ("n_layer", 1, r"expected the tensors of a GPT-2, found h.1.attn.c_attn.bias too"),
         ("n_layer", 3, r"expected the tensor transformer.h.2.ln_1.weight, found none"),
@@ -322,6 +384,10 @@ def test_the_tool_both_ways_and_a_run_that_goes_on_from_theirs(
         ("--to safetensors --save x", "--to safetensors writes to --output: give it alone"),
         ("--from hf --save x --dtype bf16", "--dtype has no effect here"),
         ("--to hf --save x --force", "--force has no effect here"),
+        ("--to safetensors --output x --vocab-file v", "--vocab-file is for --to hf and --from, not --to safetensors"),
+        ("--to safetensors --output x --vocab-size 3", "--vocab-size is for --to hf and --from, not --to safetensors"),
+        ("--to safetensors --output x --eod-token a", "--eod-token is for --to hf and --from, not --to safetensors"),
+        ("--to hf --save x --tokenizer-type HFTokenizer", "--tokenizer-type HFTokenizer needs --tokenizer-file"),
     ],
 )
 def test_flags_that_do_not_go_together(flags: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -11,16 +12,17 @@ import pytest
 import torch
 from random_models import SMALL, random_weights
 
-from megatron.arguments import to_yaml
+from megatron.arguments import build_parser, parse_config, to_yaml
 from megatron.checkpointing.checkpoint import save_checkpoint
+from megatron.checkpointing.huggingface import read_huggingface
 from megatron.checkpointing.huggingface_export import export_huggingface
-from megatron.checkpointing.weights import Vocabulary, find_weights, named_vocabulary, save_weights, sized
+from megatron.checkpointing.weights import NO_FLAGS, Vocabulary, find_weights, named_vocabulary, save_weights, sized
 from megatron.config import Config, DataConfig, TokenizerConfig
 from megatron.data.indexed_writer import IndexedDatasetWriter
+from megatron.data.vocabulary import find_vocabulary
 from megatron.distributed.world import World
 from megatron.errors import UserError
 from megatron.evaluation.loading import load_model
-from megatron.tokenizer.build import build_tokenizer
 from megatron.tokenizer.training import TrainedTokenizer, train_bpe
 from megatron.training.description import warnings
 from megatron.training.home import require_state
@@ -42,7 +44,8 @@ def vocabulary_of(files: TokenizerConfig) -> Vocabulary:
 
 def corpus(directory: Path, files: TokenizerConfig) -> str:
     """The prefix of a dataset that says which tokenizer made it."""
-    tokenizer = build_tokenizer("GPT2BPETokenizer", files.vocab_file, files.merge_file)
+    tokenizer = vocabulary_of(files).tokenizer
+    assert tokenizer is not None
     with IndexedDatasetWriter(directory / "corpus", np.uint16, tokenizer=tokenizer) as writer:
         writer.add_document(np.arange(50))
     return str(directory / "corpus")
@@ -86,16 +89,100 @@ def test_hugging_face_directory_with_its_own_tokenizer(tmp_path: Path, files: To
         assert torch.equal(parameter.cpu(), weights.tensors[name].bfloat16()), name
 
 
-def test_hugging_face_tokenizer_with_another_end_of_text(tmp_path: Path, tiny_tokenizer: TrainedTokenizer) -> None:
-    export_huggingface(random_weights(vocabulary=400), tmp_path / "hf")
-    text = tiny_tokenizer.tokenizer_file.read_text().replace("<|endoftext|>", "</s>")
-    (tmp_path / "hf" / "tokenizer.json").write_text(text)
-    with pytest.raises(UserError, match=r"--tokenizer-file .*tokenizer.json: has no token '<\|endoftext\|>'"):
-        load_model(tmp_path / "hf")
-    for eos in ('"</s>"', '{"content": "</s>"}'):
-        (tmp_path / "hf" / "tokenizer_config.json").write_text(f'{{"eos_token": {eos}}}')
-        tokenizer = load_model(tmp_path / "hf").require_tokenizer()
-        assert tokenizer.eod == 399 and tokenizer.decode([399]) == "</s>"
+@pytest.fixture(params=["tokenizer.json", "vocab.json"])
+def ends_otherwise(request: pytest.FixtureRequest, tmp_path: Path, tiny_tokenizer: TrainedTokenizer) -> Path:
+    """A Hugging Face directory whose tokenizer has </s>, id 399, and no <|endoftext|>; nothing in it says so."""
+    directory = tmp_path / "hf"
+    export_huggingface(random_weights(vocabulary=400), directory)
+    file = tiny_tokenizer.tokenizer_file.parent / request.param
+    (directory / request.param).write_text(file.read_text().replace("<|endoftext|>", "</s>"))
+    if request.param == "vocab.json":
+        shutil.copy(tiny_tokenizer.merge_file, directory / "merges.txt")
+    return directory
+
+
+def test_an_end_of_text_that_nothing_names(ends_otherwise: Path) -> None:
+    with pytest.raises(UserError, match=r"has no token '<\|endoftext\|>' .*; name the one it has with --eod-token"):
+        load_model(ends_otherwise)
+    assert load_model(ends_otherwise, tokenizer=TokenizerConfig(eod_token="</s>")).require_tokenizer().eod == 399
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer_config.json", '{"eos_token": "</s>"}'),
+        ("tokenizer_config.json", '{"eos_token": {"content": "</s>"}}'),
+        ("special_tokens_map.json", '{"eos_token": {"content": "</s>"}}'),
+        ("generation_config.json", '{"eos_token_id": 399}'),
+        ("generation_config.json", '{"eos_token_id": [399]}'),
+        ("config.json", None),
+    ],
+)
+def test_hugging_face_says_what_ends_a_text(ends_otherwise: Path, name: str, content: str | None) -> None:
+    if content is None:
+        settings = json.loads((ends_otherwise / name).read_text())
+        content = json.dumps(settings | {"eos_token_id": 399})
+        # What transformers writes where nobody said anything: no token of this vocabulary, so no word about it.
+        (ends_otherwise / "generation_config.json").write_text('{"eos_token_id": 50256}')
+    (ends_otherwise / name).write_text(content)
+    tokenizer = load_model(ends_otherwise).require_tokenizer()
+    assert tokenizer.eod == 399 and tokenizer.decode([399]) == "</s>"
+    other = load_model(ends_otherwise, tokenizer=TokenizerConfig(eod_token="a")).require_tokenizer()
+    assert other.decode([other.eod]) == "a"
+
+
+def test_several_ends_of_text_are_refused(ends_otherwise: Path) -> None:
+    (ends_otherwise / "generation_config.json").write_text('{"eos_token_id": [399, 3]}')
+    with pytest.raises(
+        UserError, match=r"generation_config.json: eos_token_id: expected one token, found \[399, 3\]: na"
+    ):
+        load_model(ends_otherwise)
+    assert load_model(ends_otherwise, tokenizer=TokenizerConfig(eod_token="</s>")).require_tokenizer().eod == 399
+
+
+def test_an_end_of_text_stays_with_the_model(ends_otherwise: Path, tmp_path: Path) -> None:
+    weights = read_huggingface(ends_otherwise, TokenizerConfig(eod_token="</s>"))
+    path = save_weights(weights, tmp_path / "run")
+    assert load_model(tmp_path / "run").require_tokenizer().eod == 399
+    config, _ = parse_config(build_parser(), ["--config", str(path / "config.yaml")])
+    prefix = corpus(tmp_path, config.tokenizer)
+    assert find_vocabulary(config.tokenizer, [prefix]).eod == 399, "what pretrain masks"
+
+    moved = tmp_path / "moved"
+    shutil.copytree(ends_otherwise, moved)
+    flags = TokenizerConfig(
+        **{
+            field: str(moved / Path(file).name) if file and field.endswith("_file") else file
+            for field, file in vars(replace(config.tokenizer, eod_token=None)).items()
+        }
+    )
+    assert load_model(tmp_path / "run", tokenizer=flags).require_tokenizer().eod == 399
+
+    export_huggingface(weights, tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "tokenizer_config.json").read_text())["eos_token"] == "</s>"
+    assert load_model(tmp_path / "again").require_tokenizer().eod == 399
+
+
+def test_data_that_end_otherwise_than_the_tokenizer(tmp_path: Path, files: TokenizerConfig) -> None:
+    prefix = corpus(tmp_path, replace(files, eod_token="a"))
+    end = vocabulary_of(replace(files, eod_token="a")).eod
+    message = (
+        rf"--eod-token: expected the token id {end} that preprocessing put at the end of documents in .*, found 399"
+    )
+    with pytest.raises(UserError, match=message):
+        find_vocabulary(files, [prefix])
+    assert (
+        find_vocabulary(replace(files, eod_token="a"), [prefix]).eod == find_vocabulary(NO_FLAGS, [prefix]).eod == end
+    )
+    with pytest.raises(UserError, match="--eod-token a is a tokenizer's: give --vocab-file"):
+        find_vocabulary(TokenizerConfig(eod_token="a"), [prefix])
+    config = Config(model=SMALL, data=DataConfig(data_path=(prefix,)))
+    run = save_run(tmp_path / "run", config, vocabulary_of(files).fingerprint)
+    with pytest.raises(UserError, match=message):
+        load_model(run, tokenizer=files)
+    assert load_model(run, tokenizer=replace(files, eod_token="a")).require_tokenizer().eod == end
+    with pytest.raises(UserError, match=r"config.yaml: --eod-token a is a tokenizer's"):
+        load_model(run, tokenizer=TokenizerConfig(eod_token="a"))
 
 
 def test_data_say_the_size_and_flags_the_tokenizer(tmp_path: Path, files: TokenizerConfig) -> None:
@@ -182,6 +269,16 @@ def test_checkpoint_of_another_shape_or_model(tmp_path: Path) -> None:
         UserError, match=r"expected the weights of a GPT-2, found none of blocks.0.attention.output.bias"
     ):
         load_model(tmp_path / "model")
+
+
+def test_weights_that_are_not_floating_point(tmp_path: Path) -> None:
+    weights = random_weights()
+    weights.tensors["blocks.1.mlp.up.bias"] = torch.ones(192, dtype=torch.int8)
+    save_weights(weights, tmp_path)
+    with pytest.raises(
+        UserError, match=r"iter_0000000: blocks.1.mlp.up.bias: expected floating point values, found int8: convert"
+    ):
+        load_model(tmp_path)
 
 
 def test_nothing_there_and_a_damaged_shard(tmp_path: Path) -> None:

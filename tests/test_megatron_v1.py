@@ -215,6 +215,16 @@ def test_other_contents_are_named(tmp_path: Path) -> None:
         read_megatron(tmp_path / "b", GIVEN)
 
 
+def test_weights_that_are_not_floating_point_are_named(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    content = torch.load(path, weights_only=False)
+    content["model"]["language_model"]["transformer"]["final_layernorm.bias"] = torch.arange(48)
+    torch.save(content, path)
+    message = r"model_optim_rng.pt: transformer.final_layernorm.bias: expected floating point values, found int64"
+    with pytest.raises(UserError, match=message):
+        read_megatron(tmp_path, GIVEN)
+
+
 def test_ranks_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
     write(tmp_path / "a", ranks=2)
     write(tmp_path / "b", ranks=2, weights=random_weights(EXPECTED.config, seed=2))

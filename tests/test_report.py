@@ -14,6 +14,7 @@ from synthetic_runs import write_losses
 
 from megatron.errors import UserError
 from megatron.instability.groups import group_runs
+from megatron.instability.html_report import render
 from megatron.instability.quality import Arrival, time_to_quality
 from megatron.instability.statistics import Spread
 from megatron.instability.summary import Run, RunSummary, read_run, read_runs, summarise
@@ -154,11 +155,16 @@ def test_zero_shot_results_stand_in_table_2_where_there_are_any(tmp_path: Path) 
     for name in ("plain", "measured"):
         write_losses(tmp_path / name, [3.0, 2.0])
     results = tmp_path / "measured" / "zeroshot.json"
-    results.write_text('{"WIKITEXT103": {"adjusted_perplexity": 27.784}, "LAMBADA-strict": {"accuracy": 0.3337}}')
+    wikitext = {"adjusted_perplexity": 27.784, "original_tokens": 245_566, "overlapping_eval": 32, "seq_length": 1024}
+    lambada = {"accuracy": 0.3337, "examples": 1000, "truncated": 0, "seq_length": 256}
+    kept = {"WIKITEXT103": wikitext, "LAMBADA-strict": lambada}
+    results.write_text(json.dumps({task: result | {"dtype": "float32"} for task, result in kept.items()}))
     runs = [read_run(tmp_path / name) for name in ("plain", "measured")]
     table = quality_table([summarise(run) for run in runs])
     assert table.header[-2:] == ("WikiText-103 perplexity, zero-shot", "LAMBADA accuracy, zero-shot")
-    assert [row.cells[-2:] for row in table.rows] == [("-", "-"), ("27.78", "33.37%")]
+    assert [row.cells[-2:] for row in table.rows] == [("-", "-"), ("27.78", "33.37% *")]
+    assert table.footnotes == ("* measured: LAMBADA-strict on 1,000 of 5,153 examples, context 256",)
+    assert f'<p class="note">{table.footnotes[0]}</p>' in render(runs, [table])
     assert "zero-shot" not in str(quality_table([summarise(runs[0])]).header)
     results.write_text('{"WIKITEXT103": {}}')
     with pytest.raises(UserError, match=r"zeroshot\.json: expected a number adjusted_perplexity of WIKITEXT103"):

@@ -13,6 +13,7 @@ from synthetic_runs import write_losses
 from megatron.errors import UserError
 from megatron.evaluation.table2 import PRINTED_ZEROSHOT, read_printed, table2
 from megatron.instability.summary import read_runs
+from megatron.instability.zeroshot_results import differences
 from megatron.model.recipe_tables import read_paper_runs
 
 ROOT = Path(__file__).parents[1]
@@ -37,11 +38,11 @@ def run_with(directory: Path, results: dict | None) -> Path:
     return directory
 
 
-RESULTS = {
-    "WIKITEXT103": {"adjusted_perplexity": 1234.567, "overlapping_eval": 32, "model": "r/checkpoints/iter_0000004"},
-    "LAMBADA": {"accuracy": 0.9, "model": "r/checkpoints/iter_0000004"},
-    "LAMBADA-strict": {"accuracy": 0.25125, "model": "r/checkpoints/iter_0000004"},
-}
+CONDITIONS = {"seq_length": 1024, "dtype": "float32", "model": "r/checkpoints/iter_0000004"}
+WIKI = {"adjusted_perplexity": 1234.567, "original_tokens": 245_566, "overlapping_eval": 32} | CONDITIONS
+LAMBADA = {"accuracy": 0.25125, "examples": 5153, "truncated": 0} | CONDITIONS
+RESULTS = {"WIKITEXT103": WIKI, "LAMBADA": LAMBADA | {"accuracy": 0.9}, "LAMBADA-strict": LAMBADA}
+"""Measured as the paper's were."""
 
 
 def test_a_run_stands_beside_the_papers(tmp_path: Path) -> None:
@@ -59,11 +60,32 @@ def test_a_run_stands_beside_the_papers(tmp_path: Path) -> None:
     ]
 
 
-def test_what_was_measured_otherwise_is_said(tmp_path: Path) -> None:
-    wikitext = RESULTS["WIKITEXT103"] | {"overlapping_eval": 256, "adjusted_perplexity": "inf"}
-    strict = RESULTS["LAMBADA-strict"] | {"model": "r/checkpoints/iter_0000003"}
-    run = run_with(tmp_path / "mine", {"WIKITEXT103": wikitext, "LAMBADA-strict": strict})
-    assert rows(table2(read_runs([str(run)]), RECIPES))[0][-4::2] == ["inf (stride 256)", "25.12% (at step 3)"]
+def test_what_was_measured_otherwise_is_said_under_the_table(tmp_path: Path) -> None:
+    wikitext = WIKI | {"overlapping_eval": 256, "adjusted_perplexity": "inf"}
+    strict = LAMBADA | {"examples": 1000, "seq_length": 256}
+    run_with(tmp_path / "mine", {"WIKITEXT103": wikitext, "LAMBADA-strict": strict})
+    run_with(tmp_path / "same", RESULTS | {"LAMBADA": {}})
+    table, notes = table2(read_runs([str(tmp_path / name) for name in ("mine", "same")]), RECIPES).split("\n\n")
+    assert [row[-4::2] for row in rows(table)] == [["inf *", "25.12% *"], ["1,234.57", "25.12%"]]
+    assert notes == "* mine: WIKITEXT103 stride 256; LAMBADA-strict on 1,000 of 5,153 examples, context 256"
+
+
+@pytest.mark.parametrize(
+    ("task", "changed", "said"),
+    [
+        ("WIKITEXT103", {"original_tokens": 245_569}, ""),
+        ("WIKITEXT103", {"original_tokens": 217_642}, "on the validation text"),
+        ("WIKITEXT103", {"original_tokens": 3_000}, "on 3,000 words, not the test text's 245,566"),
+        ("WIKITEXT103", {"seq_length": 2048, "dtype": "bfloat16"}, "context 2,048, in bfloat16"),
+        ("WIKITEXT103", {"model": "r/checkpoints/iter_0000003"}, "at step 3 of 4"),
+        ("WIKITEXT103", {"overlapping_eval": None}, "overlapping_eval not recorded: evaluate it again"),
+        ("LAMBADA-strict", {"model": "an exported model"}, ""),
+        ("LAMBADA-strict", {"truncated": 12, "seq_length": 128}, "context 128, 12 cut to the context"),
+        ("LAMBADA-strict", {"seq_length": "x", "dtype": 3}, "seq_length, dtype not recorded: evaluate it again"),
+    ],
+)
+def test_conditions_that_are_not_the_papers(task: str, changed: dict, said: str) -> None:
+    assert differences(task, RESULTS[task] | changed, steps=4) == said
 
 
 @pytest.mark.parametrize("broken", [{"LAMBADA-strict": {"model": "x"}}, {"WIKITEXT103": {"adjusted_perplexity": None}}])

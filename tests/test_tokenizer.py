@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import pickle
 from pathlib import Path
@@ -11,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.config import ModelConfig
+from megatron.config import ModelConfig, TokenizerConfig
 from megatron.errors import UserError
-from megatron.tokenizer.build import build_tokenizer
+from megatron.tokenizer.build import add_tokenizer_flags, build_tokenizer, named_tokenizer, tokenizer_config
 from megatron.tokenizer.gpt2_bpe import GPT2BPETokenizer, byte_alphabet, safe_pieces
 from megatron.tokenizer.huggingface import HFTokenizer
 from megatron.tokenizer.training import TrainedTokenizer, train_bpe
@@ -293,3 +294,43 @@ class TestBuild:
         assert build_tokenizer("HFTokenizer", tokenizer_file=file, eod_token="a").eod != 399
         with pytest.raises(UserError, match=r"has no token '</s>'.*--eod-token"):
             build_tokenizer("HFTokenizer", tokenizer_file=file, eod_token="</s>")
+        both = tiny_tokenizer.vocab_file, tiny_tokenizer.merge_file
+        with pytest.raises(UserError, match=r"vocab\.json: has no token '</s>'.*--eod-token"):
+            build_tokenizer("GPT2BPETokenizer", *both, eod_token="</s>")
+
+    def test_flags_of_a_tool(self, tiny_tokenizer):
+        parser = argparse.ArgumentParser()
+        add_tokenizer_flags(parser)
+        assert tokenizer_config(parser.parse_args([])) == TokenizerConfig()
+        files = ["--vocab-file", str(tiny_tokenizer.vocab_file), "--merge-file", str(tiny_tokenizer.merge_file)]
+        tokenizer = named_tokenizer(tokenizer_config(parser.parse_args([*files, "--eod-token", "a"])))
+        assert (
+            tokenizer is not None and tokenizer.eod == build_tokenizer("GPT2BPETokenizer", *files[1::2]).encode("a")[0]
+        )
+
+    @pytest.mark.parametrize(
+        ("words", "match"),
+        [
+            ("--tokenizer-type HFTokenizer", r"--tokenizer-type HFTokenizer needs --tokenizer-file"),
+            (
+                "--tokenizer-type GPT2BPETokenizer",
+                r"--tokenizer-type GPT2BPETokenizer needs --vocab-file .* is not given",
+            ),
+            (
+                "--tokenizer-file t.json --tokenizer-type GPT2BPETokenizer",
+                r"--tokenizer-file is for --tokenizer-type HF",
+            ),
+            ("--eod-token </s>", r"--eod-token </s> is a tokenizer's: give --vocab-file and --merge-file, or"),
+        ],
+    )
+    def test_flags_that_name_half_a_tokenizer(self, words, match):
+        parser = argparse.ArgumentParser()
+        add_tokenizer_flags(parser)
+        with pytest.raises(UserError, match=match):
+            named_tokenizer(tokenizer_config(parser.parse_args(words.split())))
+
+    def test_settings_that_name_half_a_tokenizer(self):
+        with pytest.raises(UserError, match="--tokenizer-type HFTokenizer needs --tokenizer-file"):
+            named_tokenizer(TokenizerConfig("HFTokenizer"))
+        with pytest.raises(UserError, match="--vocab-size is for a model without a tokenizer's files: drop it"):
+            named_tokenizer(TokenizerConfig(vocab_file="v.json", vocab_size=5))

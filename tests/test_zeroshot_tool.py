@@ -25,7 +25,7 @@ from megatron.evaluation.lambada import Example, piece_of
 from megatron.evaluation.loading import Loaded, load_model
 from megatron.evaluation.scoring import Piece, score
 from megatron.evaluation.zeroshot import ZeroShotConfig, evaluate
-from megatron.instability.zeroshot_results import LAMBADA, STRICT_LAMBADA, WIKITEXT, write_result
+from megatron.instability.zeroshot_results import LAMBADA, STRICT_LAMBADA, WIKITEXT, differences, write_result
 from megatron.layout import Layout
 from megatron.tokenizer.training import TrainedTokenizer
 
@@ -84,11 +84,28 @@ def test_a_run_keeps_its_results(model_directory: Path, loaded: Loaded, tmp_path
         assert written[name] == expected[name], name
     assert written["adjusted_perplexity"] == pytest.approx(expected["adjusted_perplexity"], rel=1e-6)
     assert written["seconds"] > 0
+    assert differences(WIKITEXT, written, steps=0) == (
+        f"on {written['original_tokens']} words, not the test text's 245,566, context 32"
+    )
     assert Path(written["model"]).name == saved.name
     assert json.loads(kept.read_text()) == {"LAMBADA": {"accuracy": 0.5}, "WIKITEXT103": written}
     assert result.stdout.startswith(
         f"WIKITEXT103: adjusted perplexity {written['adjusted_perplexity']:,.4f} (per token"
     )
+
+
+def test_the_flags_of_lambada_reach_it(loaded: Loaded, tmp_path: Path) -> None:
+    data, output = write_lambada(tmp_path / "lambada.jsonl", [LONG, "the river"]), tmp_path / "result.json"
+    flags = ("--strict-lambada", "--truncate-context", "--seq-length", 16, "--micro-batch-tokens", 64)
+    result = tool("--task", LAMBADA, "--load", loaded.source, "--valid-data", data, "--output", output, *flags)
+    assert result.returncode == 0, result.stderr
+    config = ZeroShotConfig(
+        LAMBADA, data, strict_lambada=True, truncate_context=True, seq_length=16, micro_batch_tokens=64
+    )
+    written, expected = json.loads(output.read_text()), evaluate(loaded, config)
+    assert written.pop("perplexity") == pytest.approx(expected.pop("perplexity"), rel=1e-5)
+    assert written.pop("seconds") > 0 and expected.pop("seconds") > 0
+    assert written == expected
 
 
 def test_strict_lambada_is_kept_apart(loaded: Loaded, tmp_path: Path) -> None:
@@ -97,6 +114,7 @@ def test_strict_lambada_is_kept_apart(loaded: Loaded, tmp_path: Path) -> None:
     for strict in (True, False):
         result = evaluate(loaded, ZeroShotConfig(LAMBADA, data, strict_lambada=strict))
         assert write_result(result, load=tmp_path, output=None) == [tmp_path / "zeroshot.json"]
+        assert differences(result["task"], result, steps=1) == "on 2 of 5,153 examples, context 32"
     assert set(json.loads((tmp_path / "zeroshot.json").read_text())) == {LAMBADA, STRICT_LAMBADA}
 
 
@@ -254,20 +272,40 @@ def test_no_vocabulary_and_one_of_another_size(model_directory: Path, tmp_path: 
         (["--task", "LAMBADA"], "--task LAMBADA needs --valid-data FILE, the text to evaluate on"),
         (
             ["--task", WIKITEXT, "--valid-data", "x", "--limit", "3"],
-            "are for tasks of lm-eval, not WIKITEXT103: drop them",
+            "--limit is for tasks of lm-eval, not WIKITEXT103: drop it",
         ),
+        (
+            ["--task", LAMBADA, "--valid-data", "x", "--include-path", "d"],
+            "--include-path is for tasks of lm-eval, not LAMBADA: drop it",
+        ),
+        (
+            ["--task", WIKITEXT, "--valid-data", "x", "--strict-lambada"],
+            "--strict-lambada is for LAMBADA, not WIKITEXT103: drop it",
+        ),
+        (
+            ["--task", WIKITEXT, "--valid-data", "x", "--truncate-context"],
+            "--truncate-context is for LAMBADA, not WIKITEXT103: drop it",
+        ),
+        (
+            ["--task", LAMBADA, "--valid-data", "x", "--overlapping-eval", "32"],
+            "--overlapping-eval is for WIKITEXT103, not LAMBADA: drop it",
+        ),
+        (
+            ["--task", "piqa", "--seq-length", "8"],
+            "--seq-length is for WIKITEXT103 and LAMBADA, not piqa: drop it, or correct --task",
+        ),
+        (["--task", "piqa", "--strict-lambada"], "--strict-lambada is for LAMBADA, not piqa: drop it"),
         (
             ["--task", "WIKITEXT", "--valid-data", "x"],
             "WIKITEXT103 and LAMBADA are not), which brings its own data: drop",
         ),
-        (["--task", "piqa"], "--task piqa is for lm-eval (WIKITEXT103 and LAMBADA are not), which runs in one process"),
     ],
 )
 def test_flags_that_do_not_go_together(monkeypatch: pytest.MonkeyPatch, flags: list[str], message: str) -> None:
     script = runpy.run_path(str(ROOT / "tools" / "evaluate_zeroshot.py"))
     monkeypatch.setattr(sys, "argv", ["evaluate_zeroshot.py", "--load", "run", *flags])
     with pytest.raises(UserError, match=re.escape(message)):
-        script["check"](script["parse_arguments"](), 2)
+        script["check"](script["parse_arguments"]())
 
 
 def test_lm_eval_through_the_tool(model_directory: Path, loaded: Loaded, tmp_path: Path) -> None:

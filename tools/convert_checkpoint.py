@@ -12,6 +12,7 @@ On how many ranks and in which layout the checkpoint was saved does not matter. 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -70,12 +71,17 @@ def main() -> None:
         raise UserError(
             f"--{'from' if given.source else 'to'} {given.source or given.to} writes to --{needed}: give it alone"
         )
+    tokenizer = tokenizer_config(given)
     if given.to == "safetensors":
+        if named := [f.name for f in dataclasses.fields(tokenizer) if getattr(given, f.name) is not None]:
+            raise UserError(
+                f"--{named[0].replace('_', '-')} is for --to hf and --from, not --to safetensors, which writes weights "
+                "alone: drop it"
+            )
         print(export_weights(given.load, given.output, dtype=given.dtype, force=given.force))
         return
     if given.force or (given.source and given.dtype):
         raise UserError(f"--{'force' if given.force else 'dtype'} has no effect here: drop it")
-    tokenizer = tokenizer_config(given)
     require_free(given.save)
     if given.to == "hf":
         print(export_huggingface(read_run(given.load, tokenizer), given.save, dtype=given.dtype))

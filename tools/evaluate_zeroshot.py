@@ -6,8 +6,8 @@
 
 The last takes tasks of lm-eval (extra `eval`), which brings their data, and gives their average.
 On how many ranks and in which layout the model was saved does not matter. Under torchrun each rank takes its share of
-the text. A run keeps its results in zeroshot.json, beside its log, where tools/table2.py finds them. docs/evaluation.md
-says what each number means.
+the text, or of lm-eval's requests. A run keeps its results in zeroshot.json, beside its log, where tools/table2.py
+finds them. docs/evaluation.md says what each number means.
 """
 
 from __future__ import annotations
@@ -39,6 +39,17 @@ from megatron.instability.zeroshot_results import (
 )
 from megatron.tokenizer.build import add_tokenizer_flags, tokenizer_config
 
+LM_EVAL = "tasks of lm-eval"
+OWNERS = {
+    "overlapping_eval": (WIKITEXT,),
+    "strict_lambada": (LAMBADA,),
+    "truncate_context": (LAMBADA,),
+    "seq_length": (WIKITEXT, LAMBADA),
+    "limit": (LM_EVAL,),
+    "include_path": (LM_EVAL,),
+}
+"""Flag -> the tasks that it is for."""
+
 
 def parse_arguments() -> argparse.Namespace:
     """The flags, with Megatron's names."""
@@ -57,23 +68,27 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--overlapping-eval",
         type=parse_count,
-        default=STRIDE,
         metavar="N",
         help="WikiText: windows move on by N tokens and score the last N; the sequence length: they do not overlap "
         f"(default: {STRIDE})",
     )
     parser.add_argument(
         "--strict-lambada",
-        action="store_true",
+        action="store_const",
+        const=True,
         help="LAMBADA: predict the whole last word, not the last token of the text alone",
     )
     parser.add_argument(
         "--truncate-context",
-        action="store_true",
+        action="store_const",
+        const=True,
         help="LAMBADA: keep the last tokens of a text that is longer than the model reads, instead of refusing it",
     )
     parser.add_argument(
-        "--seq-length", type=parse_count, metavar="N", help="tokens read at a time (default: the model's)"
+        "--seq-length",
+        type=parse_count,
+        metavar="N",
+        help="WikiText, LAMBADA: tokens read at a time (default: the model's)",
     )
     parser.add_argument(
         "--micro-batch-tokens",
@@ -96,7 +111,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def check(given: argparse.Namespace, ranks: int) -> None:
+def check(given: argparse.Namespace) -> None:
     """Raise CommandLineError, before a model is loaded, for flags that do not go together."""
     if given.output is not None and given.output.is_dir():
         raise CommandLineError(f"--output {given.output} is a directory: name a file in it")
@@ -107,33 +122,41 @@ def check(given: argparse.Namespace, ranks: int) -> None:
     if given.task in (WIKITEXT, LAMBADA):
         if given.valid_data is None:
             raise CommandLineError(f"--task {given.task} needs --valid-data FILE, the text to evaluate on")
-        if given.limit is not None or given.include_path is not None:
-            raise CommandLineError(f"--limit and --include-path are for tasks of lm-eval, not {given.task}: drop them")
-        return
-    tasks = f"--task {given.task} is for lm-eval ({WIKITEXT} and {LAMBADA} are not)"
-    if given.valid_data is not None:
-        raise CommandLineError(f"{tasks}, which brings its own data: drop --valid-data, or correct --task")
-    if ranks > 1:
-        raise CommandLineError(f"{tasks}, which runs in one process here: start it without torchrun")
+    elif given.valid_data is not None:
+        raise CommandLineError(
+            f"--task {given.task} is for lm-eval ({WIKITEXT} and {LAMBADA} are not), which brings its own data: drop "
+            "--valid-data, or correct --task"
+        )
+    for name, tasks in OWNERS.items():
+        kind = given.task if given.task in (WIKITEXT, LAMBADA) else LM_EVAL
+        if getattr(given, name) is not None and kind not in tasks:
+            flag = "--" + name.replace("_", "-")
+            raise CommandLineError(f"{flag} is for {' and '.join(tasks)}, not {given.task}: drop it, or correct --task")
 
 
 def main() -> None:
     """Evaluate, print the result, and write it."""
     given = parse_arguments()
-    ranks = read_environment().size
-    check(given, ranks)
+    check(given)
     tokenizer = tokenizer_config(given)
     # One sequence a rank: they share nothing but the work.
-    training = TrainingConfig(train_iters=1, global_batch_size=ranks, device=given.device)
+    training = TrainingConfig(train_iters=1, global_batch_size=read_environment().size, device=given.device)
     with connect(Config(training=training)) as (world, _):
         device = world.device.type
         loaded = world.everywhere(lambda: load_model(given.load, tokenizer=tokenizer, device=device, dtype=given.dtype))
         if given.task in (WIKITEXT, LAMBADA):
-            fields = dataclasses.fields(ZeroShotConfig)
-            config = ZeroShotConfig(**{field.name: getattr(given, field.name) for field in fields})
-            result = evaluate(loaded, config, world)
+            names = [field.name for field in dataclasses.fields(ZeroShotConfig)]
+            settings = {name: value for name in names if (value := getattr(given, name)) is not None}
+            result = evaluate(loaded, ZeroShotConfig(**settings), world)
         else:
-            result = evaluate_harness(loaded, given.task, limit=given.limit, include_path=given.include_path)
+            result = evaluate_harness(
+                loaded,
+                given.task,
+                limit=given.limit,
+                include_path=given.include_path,
+                micro_batch_tokens=given.micro_batch_tokens,
+                world=world,
+            )
         if world.is_main:
             print(describe(result))
             for path in write_result(result, load=given.load, output=given.output):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -39,7 +40,8 @@ def parse_arguments() -> argparse.Namespace:
         "--sample-input-file",
         type=Path,
         metavar="FILE",
-        help="a prompt a line; - is standard input, where each line is answered at once",
+        help="a prompt a line; - is standard input: lines typed at a terminal are answered one by one, those of a pipe "
+        "or a file --batch-size samples at a time (with --batch-size 1 each is answered before the next is read)",
     )
     what.add_argument(
         "--sample-output-file",
@@ -100,13 +102,14 @@ def main() -> None:
     samples = write_samples(
         loaded.model,
         tokenizer,
-        # A file is read to its end first, so that a fault in it costs nothing; lines from a person are not waited for.
+        # A file is read to its end first, so that a fault in it costs nothing; standard input may never end.
         prompts if prompts is None or source == STANDARD_INPUT else list(prompts),
         num_samples=arguments.num_samples,
         out_seq_length=arguments.out_seq_length,
-        batch_size=arguments.num_samples if source == STANDARD_INPUT else arguments.batch_size,
+        batch_size=arguments.batch_size,
         sampling=sampling,
         seed=arguments.seed,
+        one_by_one=source == STANDARD_INPUT and os.isatty(0),
     )
     with output_stream(arguments.sample_output_file) as stream:
         for sample in samples:

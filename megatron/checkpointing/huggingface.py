@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,12 @@ from megatron.checkpointing.weights import (
     WORDS,
     Vocabulary,
     Weights,
+    flags_over,
     load_pickled,
     named_vocabulary,
     pad_rows,
     parameter_shapes,
+    require_floating,
     require_shape,
     require_size,
     sized,
@@ -33,13 +36,17 @@ from megatron.checkpointing.weights import (
 from megatron.config import ModelConfig, TokenizerConfig
 from megatron.errors import UserError
 from megatron.files import file_errors
-from megatron.tokenizer.base import END_OF_TEXT
+from megatron.tokenizer.build import names_files, token_of
 from megatron.tokenizer.gpt2_bpe import GPT2BPETokenizer
 from megatron.tokenizer.huggingface import HFTokenizer
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 PICKLED = "pytorch_model.bin"
 VOCAB, MERGES, TOKENIZER, TOKENIZER_CONFIG = "vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json"
+GENERATION, SPECIAL_TOKENS = "generation_config.json", "special_tokens_map.json"
+TRAINED_LENGTH = "n_ctx"
+"""Key of config.json for our --seq-length, which may be less than n_positions. In OpenAI's own files the two are
+the same; transformers keeps it and computes nothing with it."""
 _TOP = {WORDS: "wte.weight", "position_embeddings.weight": "wpe.weight"}
 _PARTS = {
     "attention_norm": "ln_1",
@@ -59,7 +66,8 @@ EXPECTED: dict[str, Any] = {
     "add_cross_attention": False,
 }
 """Keys of config.json that change what is computed, and their one value here; but for the first it is the default."""
-_IGNORED = (".attn.bias", ".attn.masked_bias", "lm_head.weight")
+_MASKS = (".attn.bias", ".attn.masked_bias")
+_IGNORED = (*_MASKS, "lm_head.weight")
 """Endings of the names of what some files hold beside the weights: causal masks, and the tied embedding once more."""
 
 
@@ -160,6 +168,7 @@ def _config_from(settings: Mapping[str, Any], path: Path) -> tuple[ModelConfig, 
     if settings.get("n_inner") not in (None, 4 * hidden):
         raise UserError(f"{path}: n_inner: expected null or 4 x n_embd = {4 * hidden}, found {settings['n_inner']!r}")
     layers, heads, positions, vocab_size = (size(key) for key in ("n_layer", "n_head", "n_positions", "vocab_size"))
+    length = min(size(TRAINED_LENGTH), positions) if settings.get(TRAINED_LENGTH) is not None else positions
     dropouts = number("resid_pdrop", 0.1), number("attn_pdrop", 0.1)
     std, epsilon = number("initializer_range", 0.02), number("layer_norm_epsilon", 1e-5)
     try:
@@ -167,7 +176,8 @@ def _config_from(settings: Mapping[str, Any], path: Path) -> tuple[ModelConfig, 
             num_layers=layers,
             hidden_size=hidden,
             num_attention_heads=heads,
-            seq_length=positions,
+            seq_length=length,
+            max_position_embeddings=positions if positions > length else None,
             hidden_dropout=dropouts[0],
             attention_dropout=dropouts[1],
             init_method_std=std,
@@ -179,27 +189,43 @@ def _config_from(settings: Mapping[str, Any], path: Path) -> tuple[ModelConfig, 
 
 
 def _vocabulary(directory: Path, flags: TokenizerConfig, vocab_size: int) -> Vocabulary:
-    """The tokenizer that the flags name, else the directory's, else the size alone."""
-    vocabulary = named_vocabulary(flags)
-    if vocabulary is None:
-        vocab, merges, whole = (directory / name for name in (VOCAB, MERGES, TOKENIZER))
-        eod_token = _eod_token(directory / TOKENIZER_CONFIG)
-        if vocab.is_file() and merges.is_file():
-            files = TokenizerConfig(GPT2BPETokenizer.name, vocab_file=str(vocab), merge_file=str(merges))  # type: ignore[arg-type]
-        elif whole.is_file():
-            files = TokenizerConfig(HFTokenizer.name, tokenizer_file=str(whole))  # type: ignore[arg-type]
-        else:
-            files = TokenizerConfig(vocab_size=vocab_size)
-        vocabulary = named_vocabulary(files, eod_token) or sized(vocab_size)
+    """The tokenizer that the flags name, else the directory's, else the size alone.
+
+    What ends a text is said by the flags, else by the directory, whose files the tokenizer may be or not.
+    """
+    vocab, merges, whole = (directory / name for name in (VOCAB, MERGES, TOKENIZER))
+    own = NO_FLAGS
+    if vocab.is_file() and merges.is_file():
+        own = TokenizerConfig(GPT2BPETokenizer.name, vocab_file=str(vocab), merge_file=str(merges))  # type: ignore[arg-type]
+    elif whole.is_file():
+        own = TokenizerConfig(HFTokenizer.name, tokenizer_file=str(whole))  # type: ignore[arg-type]
+    flags = flags_over(flags, own)
+    if names_files(flags) and flags.eod_token is None:
+        flags = replace(flags, eod_token=_end_of_text(directory, flags))
+    vocabulary = named_vocabulary(flags) or sized(vocab_size)
     require_size(vocabulary, vocab_size, f"{directory / CONFIG} (vocab_size)")
     return vocabulary
 
 
-def _eod_token(path: Path) -> str:
-    """The token that ends a text, of tokenizer_config.json where that says so."""
-    token = read_json(path).get("eos_token") if path.is_file() else None
-    token = token.get("content") if isinstance(token, dict) else token
-    return token if isinstance(token, str) else END_OF_TEXT
+def _end_of_text(directory: Path, flags: TokenizerConfig) -> str | None:
+    """The token that ends a text: by its name in the tokenizer's settings, else by its id in the model's.
+
+    None where neither says it. An id that the files of `flags` do not have says nothing: transformers writes GPT-2's
+    50256 for any model whose maker gave none. Raises UserError for several ids.
+    """
+    for path in (directory / TOKENIZER_CONFIG, directory / SPECIAL_TOKENS):
+        token = read_json(path).get("eos_token") if path.is_file() else None
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str):
+            return token
+    for path in (directory / GENERATION, directory / CONFIG):
+        ids = read_json(path).get("eos_token_id") if path.is_file() else None
+        ids = ids if isinstance(ids, list) else [ids]
+        if len(ids) > 1:
+            raise UserError(f"{path}: eos_token_id: expected one token, found {ids}: name one with --eod-token")
+        if ids and type(ids[0]) is int and ids[0] >= 0 and (token := token_of(flags, ids[0])) is not None:
+            return token
+    return None
 
 
 def _read_tensors(directory: Path) -> dict[str, Tensor]:
@@ -227,13 +253,17 @@ def _read_tensors(directory: Path) -> dict[str, Tensor]:
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:
-    """The tensors of one file, on the CPU."""
+    """The tensors of one file, on the CPU. Raises UserError for weights that are not floating point."""
     if path.name.endswith(".safetensors"):
         with storage_errors("read", path):
-            return load_file(path)
-    loaded = load_pickled(path, "tensors and nothing else")
-    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise UserError(f"{path}: expected a table of tensors")
+            loaded = load_file(path)
+    else:
+        loaded = load_pickled(path, "tensors and nothing else")
+        if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
+            raise UserError(f"{path}: expected a table of tensors")
+    for name, tensor in loaded.items():
+        if not name.endswith(_MASKS):
+            require_floating(tensor, f"{path}: {name}")
     return loaded
 
 

@@ -16,9 +16,11 @@ from megatron.checkpointing.commit import make_directory
 from megatron.checkpointing.huggingface import (
     CONFIG,
     EXPECTED,
+    GENERATION,
     MERGES,
     TOKENIZER,
     TOKENIZER_CONFIG,
+    TRAINED_LENGTH,
     VOCAB,
     WEIGHTS,
     read_huggingface,
@@ -64,7 +66,7 @@ def export_huggingface(weights: Weights, output: Path, *, dtype: str | None = No
             temporary.mkdir()
             files = _write_tokenizer(weights, temporary)
             _write_json(temporary / CONFIG, _config_to(weights, dtype))
-            _write_json(temporary / "generation_config.json", _special_ids(weights.vocabulary))
+            _write_json(temporary / GENERATION, _special_ids(weights.vocabulary))
         with storage_errors("write", output):
             write_safetensors(temporary / WEIGHTS, to_huggingface(weights, tensors), {"format": "pt"})
         differences = _compare(rounded, temporary, output)
@@ -86,6 +88,7 @@ def _config_to(weights: Weights, dtype: str | None) -> dict[str, Any]:
         **EXPECTED,
         "vocab_size": weights.vocabulary.size,
         "n_positions": config.positions,
+        TRAINED_LENGTH: config.seq_length,
         "n_embd": config.hidden_size,
         "n_layer": config.num_layers,
         "n_head": config.num_attention_heads,
@@ -114,18 +117,14 @@ def _write_tokenizer(weights: Weights, directory: Path) -> str:
         return "no tokenizer: none is known, give its files to have them there"
     for name, path in given.items():
         shutil.copyfile(path, directory / name)
-    tokens = dict.fromkeys(("bos_token", "eos_token", "unk_token"), _token_of_eod(weights.vocabulary))
+    end = END_OF_TEXT if files.eod_token is None else files.eod_token
+    tokens = dict.fromkeys(("bos_token", "eos_token", "unk_token"), end)
     kind = "PreTrainedTokenizerFast" if TOKENIZER in given else "GPT2Tokenizer"
     _write_json(
         directory / TOKENIZER_CONFIG,
-        {"tokenizer_class": kind, "add_prefix_space": False, "model_max_length": weights.config.positions, **tokens},
+        {"tokenizer_class": kind, "add_prefix_space": False, "model_max_length": weights.config.seq_length, **tokens},
     )
     return f"tokenizer: {', '.join(given)}"
-
-
-def _token_of_eod(vocabulary: Vocabulary) -> str:
-    tokenizer = vocabulary.tokenizer
-    return tokenizer.decode([tokenizer.eod]) if tokenizer is not None else END_OF_TEXT
 
 
 def _compare(weights: Weights, directory: Path, output: Path) -> str:

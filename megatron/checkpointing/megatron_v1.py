@@ -25,6 +25,7 @@ from megatron.checkpointing.weights import (
     named_vocabulary,
     pad_rows,
     parameter_shapes,
+    require_floating,
     require_shape,
 )
 from megatron.config import ModelConfig, TokenizerConfig
@@ -209,6 +210,7 @@ def _by_our_names(content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
     for key, value in _flatten(content["model"]["language_model"]):
         if not isinstance(value, Tensor):
             raise UserError(f"{path}: {key}: expected a tensor, found {type(value).__name__}")
+        require_floating(value, f"{path}: {key}")
         tensors[_our_name(key)] = value
     return tensors
 

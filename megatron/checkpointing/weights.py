@@ -19,14 +19,13 @@ from megatron.arguments import build_parser, parse_config, to_yaml
 from megatron.checkpointing.checkpoint import CONFIG, Checkpoint, find_whole, save_checkpoint
 from megatron.checkpointing.commit import CHECKPOINTS, checkpoints_in
 from megatron.checkpointing.tensors import read_tensors
-from megatron.config import Config, ModelConfig, TokenizerConfig, TrainingConfig
-from megatron.data.blending import parse_data_path
-from megatron.data.indexed_dataset import Sidecar, paths_of
+from megatron.config import Config, DataConfig, ModelConfig, TokenizerConfig, TrainingConfig
+from megatron.data.vocabulary import noted_vocabulary, prefixes_of, require_same_end
 from megatron.errors import UserError
 from megatron.files import explain
 from megatron.model.gpt2 import GPT2Model
-from megatron.tokenizer.base import END_OF_TEXT, Tokenizer
-from megatron.tokenizer.build import build_tokenizer
+from megatron.tokenizer.base import Tokenizer
+from megatron.tokenizer.build import named_tokenizer, names_files
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PREFIX = "model."
@@ -69,17 +68,19 @@ def read_run(path: Path, tokenizer: TokenizerConfig = NO_FLAGS) -> Weights:
 
     Args:
         path: a run, a directory of checkpoints (the newest is taken) or one checkpoint.
-        tokenizer: flags that go before those of the run.
+        tokenizer: flags that go before those of the run, as `flags_over` has it.
 
     Raises:
-        UserError: where there is no whole checkpoint, or the tokenizer is missing, changed or not the model's.
+        UserError: where there is no whole checkpoint, or the tokenizer is missing, changed or not the model's, or ends
+            documents with another token than the run's data.
     """
     checkpoint = find_weights(path)
     config, _ = parse_config(build_parser(), ["--config", str(checkpoint.path / CONFIG)])
     tensors = read_named(checkpoint.path)
     noted = checkpoint.state.get("settings", {}).get("tokenizer")
-    given = named_vocabulary(tokenizer)
-    vocabulary = given or _vocabulary_of(config, checkpoint.path, noted)
+    flags = flags_over(tokenizer, config.tokenizer)
+    given = named_vocabulary(flags) if names_vocabulary(tokenizer) else None
+    vocabulary = given or _vocabulary_of(flags, config.data, checkpoint.path, noted)
     shapes = parameter_shapes(config.model, vocabulary.size)
     if missing := sorted(shapes.keys() - tensors.keys()):
         raise UserError(f"{checkpoint.path}: expected the weights of a GPT-2, found none of {missing[0]}")
@@ -88,8 +89,11 @@ def read_run(path: Path, tokenizer: TokenizerConfig = NO_FLAGS) -> Weights:
     same_kind = given is not None and given.tokenizer and tokenizer.tokenizer_type == config.tokenizer.tokenizer_type
     if given is not None and same_kind and noted and _FINGERPRINT.fullmatch(noted):
         _require_trained_with(given, checkpoint.path, noted)
+    if vocabulary.tokenizer is not None:
+        require_same_end(vocabulary.tokenizer.eod, prefixes_of(config.data))
     shapes[WORDS] = (config.model.padded_vocab_size(vocabulary.size), config.model.hidden_size)
     for name, shape in shapes.items():
+        require_floating(tensors[name], f"{checkpoint.path}: {name}")
         require_shape(tensors[name], shape, f"{checkpoint.path}: {name}")
     return Weights(config.model, vocabulary, tensors, checkpoint.path)
 
@@ -107,18 +111,29 @@ def read_named(checkpoint: Path) -> dict[str, Tensor]:
     return {name.removeprefix(PREFIX): tensor for name, tensor in read_tensors(checkpoint, PREFIX).items()}
 
 
-def named_vocabulary(flags: TokenizerConfig, eod_token: str = END_OF_TEXT) -> Vocabulary | None:
+def names_vocabulary(flags: TokenizerConfig) -> bool:
+    """Whether `flags` name a vocabulary: a tokenizer's files, or a size. An end of text alone is none."""
+    return names_files(flags) or flags.vocab_size is not None
+
+
+def flags_over(given: TokenizerConfig, own: TokenizerConfig) -> TokenizerConfig:
+    """The flags `given` before a model's `own`, as one: files or a size replace all but the end of text, which is the
+    one given, else the model's; given alone, it goes with the model's files.
+    """
+    base = given if names_vocabulary(given) else own
+    keeps = given.eod_token is None and names_files(base)
+    return replace(base, eod_token=own.eod_token if keeps else given.eod_token)
+
+
+def named_vocabulary(flags: TokenizerConfig) -> Vocabulary | None:
     """The vocabulary that tokenizer flags name; None where they name none.
 
     Raises:
-        UserError: for a file that is missing or no tokenizer, and for --vocab-size beside files.
+        UserError: for a file that is missing or no tokenizer, for --vocab-size beside files, and for an --eod-token
+            without them.
     """
-    if flags.vocab_file or flags.merge_file or flags.tokenizer_file:
-        if flags.vocab_size is not None:
-            raise UserError("--vocab-size is for a model without a tokenizer's files: drop it")
-        tokenizer = build_tokenizer(
-            flags.tokenizer_type, flags.vocab_file, flags.merge_file, flags.tokenizer_file, eod_token=eod_token
-        )
+    tokenizer = named_tokenizer(flags)
+    if tokenizer is not None:
         return Vocabulary(tokenizer.vocab_size, tokenizer.eod, tokenizer.fingerprint, tokenizer, flags)
     if flags.vocab_size is not None:
         return sized(flags.vocab_size)
@@ -151,6 +166,13 @@ def require_shape(tensor: Tensor, expected: tuple[int, ...], where: str) -> None
         raise UserError(
             f"{where}: expected the shape {list(expected)} that its settings lead to, found {list(tensor.shape)}"
         )
+
+
+def require_floating(tensor: Tensor, where: str) -> None:
+    """Raise UserError unless the tensor, named by `where`, holds floating point numbers, as weights do."""
+    if not tensor.is_floating_point():
+        found = str(tensor.dtype).removeprefix("torch.")
+        raise UserError(f"{where}: expected floating point values, found {found}: convert the weights to fp32 or bf16")
 
 
 def pad_rows(embedding: Tensor, config: ModelConfig) -> Tensor:
@@ -207,9 +229,10 @@ def load_pickled(path: Path, what: str, known: Sequence[Any] = ()) -> Any:
 def describe(weights: Weights) -> str:
     """What `weights` are, in one line."""
     config, values = weights.config, sum(tensor.numel() for tensor in weights.tensors.values())
+    positions = "" if config.positions == config.seq_length else f" of {config.positions} positions"
     return (
         f"{config.num_layers} layers, hidden {config.hidden_size}, {config.num_attention_heads} heads, "
-        f"length {config.positions}, vocabulary {weights.vocabulary.size:,}, {values:,} parameters, "
+        f"length {config.seq_length}{positions}, vocabulary {weights.vocabulary.size:,}, {values:,} parameters, "
         f"from {weights.source}"
     )
 
@@ -244,19 +267,18 @@ def require_size(vocabulary: Vocabulary, size: int, where: str) -> None:
         )
 
 
-def _vocabulary_of(config: Config, path: Path, noted: str | None) -> Vocabulary:
-    """What the run's configuration, else what preprocessing noted beside its data, says of the vocabulary."""
+def _vocabulary_of(flags: TokenizerConfig, data: DataConfig, path: Path, noted: str | None) -> Vocabulary:
+    """What the run's tokenizer flags, else what preprocessing noted beside its data, say of the vocabulary."""
     try:
-        vocabulary = named_vocabulary(config.tokenizer)
+        vocabulary = named_vocabulary(flags)
     except UserError as error:
         raise UserError(f"{path / CONFIG}: {error}; {ASK} as they are now, or --vocab-size alone") from error
     if vocabulary is not None:
         _require_trained_with(vocabulary, path, noted)
         return vocabulary
-    for _, prefix in parse_data_path(config.data.data_path) if config.data.data_path else ():
-        sidecar = Sidecar.read(paths_of(prefix)[2])
-        if sidecar is not None and sidecar.vocab_size is not None:
-            return replace(sized(sidecar.vocab_size), eod=sidecar.eod, fingerprint=sidecar.tokenizer_fingerprint or "")
+    of_data = noted_vocabulary(data)
+    if of_data is not None:
+        return replace(sized(of_data.size), eod=of_data.eod, fingerprint=of_data.fingerprint)
     raise UserError(
         f"{path / CONFIG} names no tokenizer, and no data that says which one made it: {ASK}, or --vocab-size"
     )

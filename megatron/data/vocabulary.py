@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from megatron.config import Config, TokenizerConfig
+from megatron.config import Config, DataConfig, TokenizerConfig
 from megatron.data.blending import parse_data_path
 from megatron.data.indexed_dataset import IndexedDataset, Sidecar, paths_of
 from megatron.errors import UserError
-from megatron.tokenizer.build import build_tokenizer
+from megatron.tokenizer.build import named_tokenizer
 
 
 @dataclass(frozen=True)
@@ -25,10 +26,13 @@ def find_vocabulary(config: TokenizerConfig, prefixes: list[str]) -> Vocabulary:
     """The vocabulary that the tokenizer flags name, else --vocab-size, else what preprocessing noted of the data.
 
     Raises:
-        UserError: where none of them says it, or two corpora disagree.
+        UserError: where none of them says it, two corpora disagree, or documents of the data end with another token
+            than the tokenizer's.
     """
     named = _named(config)
     if named is not None:
+        if named.eod is not None:
+            require_same_end(named.eod, prefixes)
         return named
     noted = {prefix: IndexedDataset(prefix).sidecar for prefix in prefixes}
     found = set()
@@ -52,19 +56,42 @@ def vocabulary_size(config: Config) -> int | None:
     named = _named(config.tokenizer)
     if named is not None:
         return named.size
-    for _, prefix in parse_data_path(config.data.data_path) if config.data.data_path else ():
+    noted = noted_vocabulary(config.data)
+    return noted.size if noted is not None else None
+
+
+def noted_vocabulary(config: DataConfig) -> Vocabulary | None:
+    """What preprocessing noted of the first corpus that tells; None where none does, or the data are not there."""
+    for prefix in prefixes_of(config):
         sidecar = Sidecar.read(paths_of(prefix)[2])
         if sidecar is not None and sidecar.vocab_size is not None:
-            return sidecar.vocab_size
+            return Vocabulary(sidecar.vocab_size, sidecar.eod, sidecar.tokenizer_fingerprint or "")
     return None
+
+
+def prefixes_of(config: DataConfig) -> list[str]:
+    """The corpora of --data-path; none where it is not given."""
+    return [prefix for _, prefix in parse_data_path(config.data_path)] if config.data_path else []
+
+
+def require_same_end(eod: int, prefixes: Iterable[str]) -> None:
+    """Raise UserError where preprocessing noted that documents end with another token than `eod`.
+
+    --eod-mask-loss and its like would else look for a token that ends none of them.
+    """
+    for prefix in prefixes:
+        sidecar = Sidecar.read(paths_of(prefix)[2])
+        if sidecar is not None and sidecar.eod not in (None, eod):
+            raise UserError(
+                f"--eod-token: expected the token id {sidecar.eod} that preprocessing put at the end of documents in "
+                f"{prefix}, found {eod}: give the tokenizer and the --eod-token that it was given"
+            )
 
 
 def _named(config: TokenizerConfig) -> Vocabulary | None:
     """The vocabulary that the flags name; None where they name none."""
-    if config.vocab_file or config.merge_file or config.tokenizer_file:
-        if config.vocab_size is not None:
-            raise UserError("--vocab-size is for training without a tokenizer's files: drop it")
-        tokenizer = build_tokenizer(config.tokenizer_type, config.vocab_file, config.merge_file, config.tokenizer_file)
+    tokenizer = named_tokenizer(config)
+    if tokenizer is not None:
         return Vocabulary(tokenizer.vocab_size, tokenizer.eod, tokenizer.fingerprint)
     if config.vocab_size is not None:
         return Vocabulary(config.vocab_size, None, f"vocabulary of {config.vocab_size}")

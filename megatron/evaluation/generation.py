@@ -199,16 +199,20 @@ def write_samples(
     batch_size: int,
     sampling: Sampling,
     seed: int,
+    one_by_one: bool = False,
 ) -> Iterator[dict[str, object]]:
     """`num_samples` samples of each prompt, or, without `prompts`, from the end of text on, in their order.
+
+    Args:
+        batch_size: samples that are computed at a time, of several prompts together.
+        one_by_one: answer each prompt before the next is read, so that a batch holds samples of one alone.
 
     Yields:
         prompt and text, both as text; tokens, the ids of the text; finished, whether the end of text came after it.
     """
-    asked = iter([Prompt("", [tokenizer.eod])] if prompts is None else prompts)
-    samples = (prompt for prompt in asked for _ in range(num_samples))
+    asked = [Prompt("", [tokenizer.eod])] if prompts is None else prompts
     done = 0
-    while batch := list(islice(samples, batch_size)):
+    for batch in _batches(asked, num_samples, batch_size, one_by_one):
         continuations = generate(
             model,
             [prompt.tokens for prompt in batch],
@@ -226,6 +230,14 @@ def write_samples(
                 "tokens": continuation.tokens,
                 "finished": continuation.finished,
             }
+
+
+def _batches(prompts: Iterable[Prompt], num_samples: int, batch_size: int, one_by_one: bool) -> Iterator[list[Prompt]]:
+    """Each prompt `num_samples` times, cut into batches; no more prompts are read than the next batch needs."""
+    for group in ([prompt] for prompt in prompts) if one_by_one else (prompts,):
+        samples = (prompt for prompt in group for _ in range(num_samples))
+        while batch := list(islice(samples, batch_size)):
+            yield batch
 
 
 @contextmanager

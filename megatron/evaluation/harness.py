@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import difflib
 import json
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megatron.config import TokenizerConfig
+from megatron.distributed.world import ALONE, World
 from megatron.errors import UserError, run
 from megatron.evaluation.generation import Sampling, generate
 from megatron.evaluation.loading import Loaded, load_model
@@ -25,9 +27,11 @@ from megatron.evaluation.scoring import MICRO_BATCH_TOKENS, Piece, batches, scor
 try:
     from lm_eval import simple_evaluate, utils
     from lm_eval.__main__ import cli_evaluate
+    from lm_eval.api.group import Group
     from lm_eval.api.instance import Instance
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
+    from lm_eval.api.task import Task
     from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
     from lm_eval.tasks import TaskManager
     from tqdm import tqdm
@@ -44,21 +48,30 @@ PAPER = "paper"
 HEADLINES = ("acc", "exact_match")
 """The metric of a task that goes into the average: the first of these that it has."""
 
+PACKAGE = Path(__file__).resolve().parents[1]
+
 TokenRequest = tuple[object, list[int], list[int]]
 """What it stems from, the tokens of the context, and those of the continuation."""
 
 
 @register_model(NAME)
 class MegatronSLW(TemplateLM):
-    """One of our models, as the harness asks for it; all on one device."""
+    """One of our models, as the harness asks for it.
 
-    def __init__(self, loaded: Loaded, micro_batch_tokens: int = MICRO_BATCH_TOKENS) -> None:
+    Of many ranks each holds the whole model and takes its share of the forward passes, and all have all answers: the
+    harness runs on each of them as if it were alone.
+    """
+
+    def __init__(self, loaded: Loaded, micro_batch_tokens: int = MICRO_BATCH_TOKENS, world: World = ALONE) -> None:
         """`micro_batch_tokens` are those of a forward pass; for generation, of the prompts with what may follow."""
         super().__init__()
+        self.cut = 0
+        """Requests so far whose context lost its first tokens, since the model does not read so many."""
         self._model = loaded.model
         self._text = loaded.require_tokenizer()
         self._seq_length = loaded.config.seq_length
         self._micro_batch_tokens = micro_batch_tokens
+        self._world = world
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> MegatronSLW:
@@ -79,8 +92,8 @@ class MegatronSLW(TemplateLM):
         for name in ("batch_size", "max_batch_size"):
             given.pop(name, None)
         words = ("tokenizer_type", "vocab_file", "merge_file", "tokenizer_file")
-        if given.get("device") == "cuda:0":  # what the harness says where the user says nothing, on any machine
-            given["device"] = "auto"
+        if given.get("device") == "cuda:0":  # the harness's own default: refused, as any GPU, where there is none
+            given["device"] = "cuda"
         files = TokenizerConfig(**{name: given.pop(name) for name in words if name in given})
         budget = given.pop("micro_batch_tokens", MICRO_BATCH_TOKENS)
         known = ("load", "device", "dtype")
@@ -130,16 +143,24 @@ class MegatronSLW(TemplateLM):
         pieces = []
         for request, context, continuation in requests:
             if not 0 < len(continuation) <= self._seq_length:
-                raise UserError(
+                raise self._world.fault(
                     f"a continuation of {len(continuation):,} tokens cannot be scored by a model of "
                     f"{self._seq_length:,}: {str(request)[:80]!r}"
                 )
-            tokens = np.array([*context, *continuation][-(self._seq_length + 1) :], dtype=np.int32)
-            pieces.append(Piece(tokens, len(continuation)))
+            tokens = [*context, *continuation]
+            self.cut += len(tokens) > self._seq_length + 1
+            pieces.append(Piece(np.array(tokens[-(self._seq_length + 1) :], dtype=np.int32), len(continuation)))
         if not pieces:
             return []
-        with _progress("scoring", sum(len(piece.tokens) - 1 for piece in pieces), disable_tqdm) as advance:
-            scores = score(self._model, pieces, micro_batch_tokens=self._micro_batch_tokens, advance=advance.update)
+        total = sum(len(piece.tokens) - 1 for piece in pieces)
+        with self._progress("scoring", total, disable_tqdm) as advance:
+            scores = score(
+                self._model,
+                pieces,
+                micro_batch_tokens=self._micro_batch_tokens,
+                world=self._world,
+                advance=advance.update,
+            )
         return [(-loss, greedy) for loss, greedy in zip(scores.losses.tolist(), scores.greedy.tolist(), strict=True)]
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
@@ -151,37 +172,44 @@ class MegatronSLW(TemplateLM):
         groups: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(index)
-        written = [""] * len(requests)
-        with _progress("generating", len(requests), disable_tqdm) as advance:
+        share: list[tuple[int, str]] = []
+        with self._progress("generating", len(requests), disable_tqdm) as advance:
             for settings, members in groups.items():
                 contexts = [requests[index].args[0] for index in members]
                 for places, texts in self._generate_group(contexts, json.loads(settings)):
-                    for place, text in zip(places, texts, strict=True):
-                        written[members[place]] = text
+                    share += [(members[place], text) for place, text in zip(places, texts, strict=True)]
                     advance.update(len(places))
+        written = [""] * len(requests)
+        for index, text in chain.from_iterable(self._world.gather(share)):
+            written[index] = text
         return written
 
     def _generate_group(
         self, contexts: Sequence[str], settings: dict[str, Any]
     ) -> Iterator[tuple[list[int], list[str]]]:
-        """Batches of the contexts' numbers and what was written after each; `settings` hold for all of them."""
+        """This rank's batches of the contexts' numbers and what was written after each, all under `settings`."""
         wanted = dict(normalize_gen_kwargs(settings))
         until, longest = handle_stop_sequences(wanted["until"], eos=None), wanted["max_gen_toks"]
         if wanted["do_sample"]:
-            raise UserError(f"a task asks for sampling ({settings}); here its texts are greedy: give do_sample=False")
+            raise self._world.fault(
+                f"a task asks for sampling ({settings}); here its texts are greedy: give do_sample=False"
+            )
         if not 0 < longest < self._seq_length:
-            raise UserError(
+            raise self._world.fault(
                 f"a task asks for texts of {longest:,} tokens after its prompt; the model's full length is "
                 f"{self._seq_length:,}: give a smaller --gen_kwargs max_gen_toks"
             )
         room = self._seq_length - longest
-        prompts = [self.tok_encode(context)[-room:] or [self.eot_token_id] for context in contexts]
+        whole = [self.tok_encode(context) for context in contexts]
+        self.cut += sum(len(prompt) > room for prompt in whole)
+        prompts = [prompt[-room:] or [self.eot_token_id] for prompt in whole]
 
         def stop(tokens: list[int]) -> bool:
             text = self._text.decode(tokens)
             return any(term in text for term in until if term)
 
-        for places in batches([len(prompt) + longest for prompt in prompts], self._micro_batch_tokens):
+        passes = list(batches([len(prompt) + longest for prompt in prompts], self._micro_batch_tokens))
+        for places in passes[self._world.rank :: self._world.size]:
             continuations = generate(
                 self._model,
                 [prompts[place] for place in places],
@@ -193,52 +221,110 @@ class MegatronSLW(TemplateLM):
             texts = [self._text.decode(one.tokens) for one in continuations]
             yield places, [postprocess_generated_text(text, until, None) for text in texts]
 
-
-def _progress(what: str, total: int, silent: bool) -> tqdm[Any]:
-    """A line on stderr with the time left; only on a terminal."""
-    return tqdm(total=total, desc=what, unit_scale=True, disable=True if silent else None)
+    def _progress(self, what: str, total: int, silent: bool) -> tqdm[Any]:
+        """A line on stderr with the time left, of this rank's share; only on a terminal."""
+        silent = silent or not self._world.is_main
+        return tqdm(total=-(-total // self._world.size), desc=what, unit_scale=True, disable=silent or None)
 
 
 def run_harness(
-    loaded: Loaded, tasks: Sequence[str], limit: int | None = None, include_path: Path | None = None
+    loaded: Loaded,
+    tasks: Sequence[str],
+    limit: int | None = None,
+    include_path: Path | None = None,
+    micro_batch_tokens: int = MICRO_BATCH_TOKENS,
+    world: World = ALONE,
 ) -> dict[str, Any]:
     """Evaluate a model on tasks of the harness, with their own numbers of shots.
 
     Args:
-        tasks: names that the harness, or a task file in `include_path`, knows; groups too; PAPER for PAPER_TASKS.
+        tasks: names that the harness, or a task file in `include_path`, knows; groups and tags too; PAPER for
+            PAPER_TASKS.
         limit: examples of each task, for a trial (None: all).
         include_path: a directory of task files (YAML) of one's own.
+        micro_batch_tokens: of a forward pass.
+        world: ranks that share the forward passes; all of them get the result.
 
     Returns:
-        As JSON values: "results", task -> metric -> value; "versions" of the tasks; "n-shot"; "n-samples"; and
-        "average", the mean of `headline` over the `tasks`, None where one of them has none.
+        As JSON values: "results", task -> metric -> value; "versions" of the tasks; "n-shot"; "n-samples"; "average",
+        the mean of `headline` over the `tasks`, None where one of them has none; "seq_length", and "truncated", the
+        requests whose context was longer than that.
 
     Raises:
-        UserError: for an unknown task, or one whose data cannot be read.
+        UserError: for an argument that makes no sense, an unknown task, and for what fails in the harness itself, as a
+            broken task file or its data.
     """
-    tasks = [name for task in tasks for name in (PAPER_TASKS if task == PAPER else [task])]
+    if limit is not None and limit < 1:
+        raise world.fault(f"--limit {limit}: expected at least 1 example of each task")
+    if micro_batch_tokens < 1:
+        raise world.fault(f"--micro-batch-tokens {micro_batch_tokens} must be at least 1")
+    if include_path is not None and not include_path.is_dir():
+        raise world.fault(f"--include-path {include_path}: is no directory; name the one that holds your task files")
+    names = dict.fromkeys(name for task in tasks for name in (PAPER_TASKS if task == PAPER else [task]))
+    manager, items = world.everywhere(lambda: _load_tasks(list(names), include_path))
+    model = MegatronSLW(loaded, micro_batch_tokens, world)
+    try:
+        outcome = simple_evaluate(model=model, tasks=items, limit=limit, task_manager=manager, log_samples=False)
+    except Exception as error:
+        if _passed_through_us(error):
+            raise
+        raise world.fault(
+            f"--task {','.join(names)}: lm-eval failed: {_said(error)}; mend the task's file or its data, or leave "
+            "the task out"
+        ) from error
+    # The harness gives nothing to other ranks than the first of a node.
+    outcome = world.gather(outcome and {key: outcome[key] for key in ("results", "versions", "n-shot", "n-samples")})[0]
+    called = [item.name if isinstance(item, Group) else item.task_name for item in items]
+    headlines = [headline(outcome["results"][name]) for name in called]
+    known = [value for value in headlines if value is not None]
+    return dict(outcome) | {
+        "average": sum(known) / len(known) if len(known) == len(headlines) else None,
+        "seq_length": loaded.config.seq_length,
+        "truncated": model.cut,
+    }
+
+
+def _load_tasks(names: Sequence[str], include_path: Path | None) -> tuple[TaskManager, list[Task | Group]]:
+    """What the names stand for, with its data: a task, a group, or the tasks of a tag. Raises UserError."""
     manager = TaskManager(include_path=None if include_path is None else str(include_path))
-    for task in tasks:
-        if task not in manager.all_tasks:
-            near = difflib.get_close_matches(task, manager.all_tasks, n=1)
+    items: list[Task | Group] = []
+    for name in names:
+        if name not in manager.all_tasks:
+            near = difflib.get_close_matches(name, manager.all_tasks, n=1)
+            passed_over = f" (files in {include_path} that are no YAML are passed over)" if include_path else ""
             raise UserError(
-                f"--task {task}: lm-eval knows no such task"
+                f"--task {name}: lm-eval knows no such task{passed_over}"
                 + (f"; did you mean {near[0]}?" if near else "; lm-eval ls tasks lists them")
             )
-    try:
-        outcome = simple_evaluate(
-            model=MegatronSLW(loaded), tasks=tasks, limit=limit, task_manager=manager, log_samples=False
-        )
-    except OSError as error:  # of the data: no file, no network, not in the hub's cache
-        reason = str(error).partition("\n")[0]
-        raise UserError(
-            f"--task {','.join(tasks)}: the data cannot be read ({reason}); run it once where the hub can be "
-            "reached, or copy its cache (HF_HOME)"
-        ) from error
-    kept = {key: outcome[key] for key in ("results", "versions", "n-shot", "n-samples")}
-    headlines = [headline(outcome["results"][task]) for task in tasks]
-    known = [value for value in headlines if value is not None]
-    return kept | {"average": sum(known) / len(known) if len(known) == len(headlines) else None}
+        file = manager.task_index[name].yaml_path
+        where = f"--task {name} ({file})" if file else f"--task {name}"
+        try:
+            loaded = manager.load(name)
+        except OSError as error:  # of the data: no file, no network, not in the hub's cache
+            raise UserError(
+                f"{where}: the data cannot be read ({_said(error)}); run it once where the hub can be reached, or copy "
+                "its cache (HF_HOME)"
+            ) from error
+        except Exception as error:  # nothing of ours is called: the fault is the file's, its data's or lm-eval's
+            raise UserError(f"{where}: lm-eval cannot load it: {_said(error)}; mend that file or its data") from error
+        items += [loaded["groups"][name]] if name in loaded["groups"] else loaded["tasks"].values()
+    return manager, items
+
+
+def _passed_through_us(error: Exception) -> bool:
+    """Whether the harness was calling our model when this was raised, so that it is no fault of a task.
+
+    The outermost frame is the one that caught it.
+    """
+    frames = list(traceback.walk_tb(error.__traceback__))[1:]
+    return any(PACKAGE in Path(frame.f_code.co_filename).resolve().parents for frame, _ in frames)
+
+
+def _said(error: BaseException) -> str:
+    """Class and text of an exception, in one line, and of what it stems from."""
+    text = " ".join(str(error).split())
+    line = f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
+    return f"{line}, from {_said(error.__cause__)}" if error.__cause__ else line
 
 
 def headline(metrics: Mapping[str, Any]) -> float | None:

@@ -69,14 +69,22 @@ def evaluate(loaded: Loaded, config: ZeroShotConfig, world: World = ALONE) -> di
 
 
 def evaluate_harness(
-    loaded: Loaded, tasks: str, *, limit: int | None = None, include_path: Path | None = None
+    loaded: Loaded,
+    tasks: str,
+    *,
+    limit: int | None = None,
+    include_path: Path | None = None,
+    micro_batch_tokens: int = MICRO_BATCH_TOKENS,
+    world: World = ALONE,
 ) -> dict[str, Any]:
     """The same of tasks of lm-eval, names with commas between; see `harness.run_harness`."""
     from megatron.evaluation.harness import run_harness  # noqa: PLC0415  (the package that it needs is optional)
 
     started = time.monotonic()
-    result = {"task": tasks, **run_harness(loaded, tasks.split(","), limit, include_path)}
-    return dict(json_safe(result | {"seconds": time.monotonic() - started, "limit": limit} | _model_of(loaded)))
+    outcome = run_harness(loaded, tasks.split(","), limit, include_path, micro_batch_tokens, world)
+    result = {"task": tasks} | outcome
+    result |= {"limit": limit, "seconds": time.monotonic() - started, "ranks": world.size}
+    return dict(json_safe(result | _model_of(loaded)))
 
 
 def _model_of(loaded: Loaded) -> dict[str, str]:

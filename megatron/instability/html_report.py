@@ -132,7 +132,8 @@ def _table(table: Table, places: Sequence[int]) -> str:
             cells[name] = _swatch(places[row.run]) + cells[name]
         rows.append("".join(f"<td{style}>{cell}</td>" for cell, style in zip(cells, styles, strict=True)))
     body = "\n".join(f"<tr>{row}</tr>" for row in rows)
+    footnotes = "".join(f'\n<p class="note">{escape(line)}</p>' for line in table.footnotes)
     return (
         f'<h2>{escape(table.title)}</h2>\n<p class="note">{escape(table.note)}</p>\n<div class="scroll"><table>\n'
-        f"<thead><tr>{header}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>"
+        f"<thead><tr>{header}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>{footnotes}"
     )

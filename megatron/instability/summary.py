@@ -16,7 +16,13 @@ from megatron.errors import UserError
 from megatron.files import file_errors
 from megatron.instability.loss_ratio import LARGE_SPIKE, SPIKE
 from megatron.instability.statistics import Correlation, FloatArray, pearson, smoothed_loss_ratio
-from megatron.instability.zeroshot_results import RESULTS_FILE, STRICT_LAMBADA, WIKITEXT, read_results
+from megatron.instability.zeroshot_results import (
+    RESULTS_FILE,
+    STRICT_LAMBADA,
+    WIKITEXT,
+    differences,
+    read_results,
+)
 from megatron.metrics import METRICS_FILE, json_safe, read_lines
 
 EXIT_FILE = "exit.json"
@@ -202,11 +208,13 @@ class RunSummary:
     best_perplexity: float | None
     """exp(best_validation_loss)."""
     test_perplexity: float | None
+    """On the test split, of the last evaluation there."""
     wikitext_perplexity: float | None
     """Zero-shot, adjusted, of WikiText-103."""
     lambada_accuracy: float | None
     """Zero-shot, of whole words."""
-    """On the test split, of the last evaluation there."""
+    zeroshot_differences: dict[str, str]
+    """Of those two, task -> in what it was measured otherwise than the paper's; none where in nothing."""
     loss_ratio: RatioSummary
     """Of Li et al. 2022."""
     position_matched_loss_ratio: RatioSummary
@@ -247,10 +255,13 @@ def summarise(run: Run) -> RunSummary:
     best = _reduce(np.min, losses)
     test_loss = _last(run.tests.get("loss", np.empty(0)), finite=False)
     validated = _last(run.validation("consumed_tokens"))
+    steps = int(_last(run.step("iteration")) or 0)
+    differ = {task: differences(task, run.zeroshot[task], steps) for task in (WIKITEXT, STRICT_LAMBADA)
+              if task in run.zeroshot}  # fmt: skip
     return RunSummary(
         name=run.name,
         state=run.state,
-        steps=int(_last(run.step("iteration")) or 0),
+        steps=steps,
         tokens=tokens,
         min_step_tokens=_reduce(np.min, run.step_tokens()),
         max_step_tokens=_reduce(np.max, run.step_tokens()),
@@ -268,6 +279,7 @@ def summarise(run: Run) -> RunSummary:
         test_perplexity=perplexity_of(test_loss),
         wikitext_perplexity=run.zeroshot_metric(WIKITEXT, "adjusted_perplexity"),
         lambada_accuracy=run.zeroshot_metric(STRICT_LAMBADA, "accuracy"),
+        zeroshot_differences={task: text for task, text in differ.items() if text},
         loss_ratio=_ratio_summary(ratio),
         position_matched_loss_ratio=_ratio_summary(_ratios(run, "position_matched_loss_ratio")),
         smoothed_loss_ratio=_ratio_summary(run.smoothed_loss_ratio()),

@@ -11,8 +11,11 @@ from megatron.instability.groups import Group
 from megatron.instability.quality import Target
 from megatron.instability.statistics import SMOOTHING_TOKENS, Correlation, Spread
 from megatron.instability.summary import RatioSummary, RunState, RunSummary
+from megatron.instability.zeroshot_results import STRICT_LAMBADA, WIKITEXT
 
 ABSENT = "-"
+MARK = "*"
+"""On a number that a footnote says more of."""
 SILENT_SECONDS = 600
 """A run whose log has been silent for longer may have died."""
 
@@ -47,6 +50,8 @@ class Table:
     """What the columns mean, in a sentence or two."""
     header: tuple[str, ...]
     rows: tuple[Row, ...]
+    footnotes: tuple[str, ...] = ()
+    """Of cells with a MARK, a line a run."""
 
 
 def report_tables(summaries: Sequence[RunSummary], targets: Sequence[Target], groups: Sequence[Group]) -> list[Table]:
@@ -131,12 +136,12 @@ def instability_table(summaries: Sequence[RunSummary]) -> Table:
 
 def quality_table(summaries: Sequence[RunSummary]) -> Table:
     """The paper's Table 2, with the validation perplexity; test split and zero-shot only where they were evaluated."""
-    extra: list[tuple[str, Callable[[RunSummary], float | None], str]] = [
-        ("test perplexity", lambda s: s.test_perplexity, ",.2f"),
-        ("WikiText-103 perplexity, zero-shot", lambda s: s.wikitext_perplexity, ",.2f"),
-        ("LAMBADA accuracy, zero-shot", lambda s: s.lambada_accuracy, ".2%"),
+    extra: list[tuple[str, Callable[[RunSummary], str]]] = [
+        ("test perplexity", lambda s: number(s.test_perplexity, ",.2f")),
+        ("WikiText-103 perplexity, zero-shot", lambda s: zeroshot_cells(s)[0]),
+        ("LAMBADA accuracy, zero-shot", lambda s: zeroshot_cells(s)[1]),
     ]
-    extra = [column for column in extra if any(column[1](s) is not None for s in summaries)]
+    extra = [column for column in extra if any(column[1](s) != ABSENT for s in summaries)]
     first = summaries[0]
 
     def factor(this: RunSummary, of_first: float | None, of_this: float | None) -> str:
@@ -155,7 +160,7 @@ def quality_table(summaries: Sequence[RunSummary]) -> Table:
             "wall time",
             "best validation perplexity",
             "last validation perplexity",
-            *(header for header, _, _ in extra),
+            *(header for header, _ in extra),
         ),
         tuple(
             Row(
@@ -167,12 +172,13 @@ def quality_table(summaries: Sequence[RunSummary]) -> Table:
                     duration(s.elapsed) + factor(s, first.elapsed, s.elapsed),
                     number(s.best_perplexity, ",.2f"),
                     number(s.perplexity, ",.2f"),
-                    *(number(value(s), style) for _, value, style in extra),
+                    *(cell(s) for _, cell in extra),
                 ),
                 run,
             )
             for run, s in enumerate(summaries)
         ),
+        zeroshot_footnotes(summaries),
     )
 
 
@@ -277,6 +283,21 @@ def groups_table(groups: Sequence[Group], targets: Sequence[Target] = (), *, bri
             *(f"reached {target.perplexity:,.2f}" for target in targets),
         ),
         tuple(Row(cells(group)) for group in groups),
+    )
+
+
+def zeroshot_cells(summary: RunSummary) -> tuple[str, str]:
+    """WikiText-103's perplexity and LAMBADA's accuracy, with a MARK where `zeroshot_footnotes` says more of it."""
+    marks = [f" {MARK}" if task in summary.zeroshot_differences else "" for task in (WIKITEXT, STRICT_LAMBADA)]
+    return number(summary.wikitext_perplexity, ",.2f") + marks[0], number(summary.lambada_accuracy, ".2%") + marks[1]
+
+
+def zeroshot_footnotes(summaries: Sequence[RunSummary]) -> tuple[str, ...]:
+    """A line for each run whose zero-shot numbers were not measured as the paper's were."""
+    return tuple(
+        f"{MARK} {summary.name}: " + "; ".join(f"{task} {text}" for task, text in summary.zeroshot_differences.items())
+        for summary in summaries
+        if summary.zeroshot_differences
     )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,12 @@ STRIDE = 32
 """The paper's, and the default of --overlapping-eval."""
 RESULTS_FILE = "zeroshot.json"
 """In a run's directory: {task: result}, of each task the last evaluation."""
+PAPER_LENGTH = 1024
+TEST_WORDS, VALIDATION_WORDS = 245_566, 217_642
+"""Of WikiText-103's wiki.test.tokens (Shoeybi et al. 2019, appendix E) and wiki.valid.tokens, as `original_tokens`."""
+LAMBADA_EXAMPLES = 5153
+"""Of OpenAI's lambada_test.jsonl."""
+_CHECKPOINT = re.compile(r"iter_(\d+)")
 
 
 def read_results(path: Path) -> dict[str, dict[str, Any]]:
@@ -73,8 +81,48 @@ def describe(result: dict[str, Any]) -> str:
     cut = f", {result['truncated']:,} of them cut to the context" if result["truncated"] else ""
     return (
         f"{result['task']}: accuracy {result['accuracy']:.2%} ({result['correct']:,} of {result['examples']:,} "
-        f"examples{cut}; perplexity {float(result['perplexity']):,.4f})"
+        f"examples{cut}; perplexity {float(result['perplexity']):,.4f}, length {result['seq_length']})"
     )
+
+
+def differences(task: str, result: Mapping[str, Any], steps: int) -> str:
+    """In what a result was measured otherwise than the paper's; "" where in nothing.
+
+    The paper's are of WikiText-103's test text in windows that move on by STRIDE tokens, and of all of LAMBADA, 1,024
+    tokens at a time, after a run's last step; ours are in fp32 unless asked for otherwise.
+
+    Args:
+        task: WIKITEXT or STRICT_LAMBADA.
+        steps: of the whole run.
+    """
+    needed = ("original_tokens", "overlapping_eval") if task == WIKITEXT else ("examples", "truncated")
+    missing = [name for name in ("seq_length", *needed) if not isinstance(result.get(name), int)]
+    if not isinstance(result.get("dtype"), str):
+        missing.append("dtype")
+    if missing:
+        return f"{', '.join(missing)} not recorded: evaluate it again"
+    length, dtype, cut = result["seq_length"], result.get("dtype"), result.get("truncated")
+    at = _CHECKPOINT.fullmatch(Path(str(result.get("model"))).name)
+    differ = [
+        _wikitext_part(result["original_tokens"]) if task == WIKITEXT else _lambada_part(result["examples"]),
+        "" if length == PAPER_LENGTH else f"context {length:,}",
+        "" if task != WIKITEXT or result["overlapping_eval"] == STRIDE else f"stride {result['overlapping_eval']:,}",
+        f"{cut:,} cut to the context" if cut else "",
+        "" if dtype == "float32" else f"in {dtype}",
+        "" if at is None or int(at[1]) == steps else f"at step {int(at[1]):,} of {steps:,}",
+    ]
+    return ", ".join(filter(None, differ))
+
+
+def _wikitext_part(words: int) -> str:
+    for whole, name in ((TEST_WORDS, ""), (VALIDATION_WORDS, "on the validation text")):
+        if abs(words - whole) < 10:  # copies differ in white space at their ends
+            return name
+    return f"on {words:,} words, not the test text's {TEST_WORDS:,}"
+
+
+def _lambada_part(examples: int) -> str:
+    return "" if examples == LAMBADA_EXAMPLES else f"on {examples:,} of {LAMBADA_EXAMPLES:,} examples"
 
 
 def _metrics(metrics: dict[str, Any]) -> str:

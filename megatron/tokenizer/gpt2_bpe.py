@@ -76,7 +76,10 @@ class GPT2BPETokenizer:
         merge_bytes = read_definition(merge_file, "--merge-file")
         vocab = _parse_vocab(vocab_bytes, vocab_file)
         if eod_token not in vocab:
-            raise UserError(f"--vocab-file {vocab_file}: has no token {eod_token!r} to end a document with")
+            raise UserError(
+                f"--vocab-file {vocab_file}: has no token {eod_token!r} to end a document with; "
+                "name the one it has with --eod-token"
+            )
         merges = _parse_merges(merge_bytes, merge_file)
         alphabet = byte_alphabet()
         for character, byte in alphabet.items():
@@ -130,6 +133,12 @@ class GPT2BPETokenizer:
             return b"".join([table[index] for index in ids]).decode("utf-8", errors="replace")
         except KeyError as error:
             raise UserError(f"token id {error.args[0]} is not in the vocabulary of {self.vocab_size} tokens") from None
+
+
+def token_of(vocab_file: str | Path, index: int) -> str | None:
+    """The token with the id `index` in a vocab.json, None where there is none; UserError for a broken file."""
+    vocab = _parse_vocab(read_definition(vocab_file, "--vocab-file"), vocab_file)
+    return next((token for token, found in vocab.items() if found == index), None)
 
 
 def _parse_vocab(content: bytes, path: str | Path) -> dict[str, int]:

@@ -21,10 +21,7 @@ class HFTokenizer:
     def __init__(self, tokenizer_file: str | Path, *, eod_token: str = END_OF_TEXT) -> None:
         """Read `tokenizer_file`; UserError where it is missing, broken, or has no `eod_token`."""
         content = read_definition(tokenizer_file, "--tokenizer-file")
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
-        except Exception as error:  # tokenizers raises plain Exception for whatever it cannot read
-            raise UserError(f"--tokenizer-file {tokenizer_file}: is not a tokenizer.json ({error})") from None
+        self._tokenizer = _parse(content, tokenizer_file)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._take_special_tokens_as_text()
@@ -64,3 +61,16 @@ class HFTokenizer:
             raise UserError(f"token id {wrong} is not in the vocabulary of {self.vocab_size} tokens")
         text: str = self._tokenizer.decode(listed, skip_special_tokens=False)
         return text
+
+
+def token_of(tokenizer_file: str | Path, index: int) -> str | None:
+    """The token with the id `index` in a tokenizer.json, None where there is none; UserError for a broken file."""
+    token: str | None = _parse(read_definition(tokenizer_file, "--tokenizer-file"), tokenizer_file).id_to_token(index)
+    return token
+
+
+def _parse(content: bytes, path: str | Path) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_buffer(content)
+    except Exception as error:  # tokenizers raises plain Exception for whatever it cannot read
+        raise UserError(f"--tokenizer-file {path}: is not a tokenizer.json ({error})") from None
