@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from megatron.config import OptimizerConfig
+
+CPU_PIECE = 1 << 17
+"""Elements, 512 KB."""
+GPU_PIECES = 1 << 26
+"""Elements, 256 MB: what statistics may take beside the model."""
 
 
 def decay_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, object]]:
@@ -50,11 +55,31 @@ def gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
 
 def squared_norm(tensors: list[Tensor]) -> Tensor:
     """This rank's summand of the squared l2 norm of all `tensors`, which may be spread over ranks: float64 scalar."""
-    parts = []
-    for copies, locals_ in local_parts(tensors):
-        norms = torch.stack(torch._foreach_norm(locals_)).double()
-        parts.append(norms.square().sum() / copies)
-    return torch.stack(parts).sum()
+    return torch.stack([power_sum(locals_, 2) / copies for copies, locals_ in local_parts(tensors)]).sum()
+
+
+def power_sum(tensors: list[Tensor], order: int) -> Tensor:
+    """Sum of |x|^order over all elements, for order 1 or 2: float64 scalar."""
+    if tensors[0].device.type == "cpu":  # whose norms add in fp32 one after the other; sums go pairwise
+        pieces = (piece for group in in_pieces(tensors) for piece in group)
+        sums = [(piece.abs() if order == 1 else piece.square()).sum() for piece in pieces]
+        return torch.stack(sums).double().sum()
+    return torch.stack(torch._foreach_norm(tensors, order)).double().pow_(order).sum()
+
+
+def in_pieces(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    """The elements of all `tensors`, flat, in lists of as many as are worked on at a time: on a CPU they fit its cache."""
+    limit = CPU_PIECE if tensors[0].device.type == "cpu" else GPU_PIECES
+    group: list[Tensor] = []
+    elements = 0
+    for tensor in tensors:
+        for piece in tensor.detach().flatten().split(limit):
+            if group and elements + piece.numel() > limit:
+                yield group
+                group, elements = [], 0
+            group.append(piece)
+            elements += piece.numel()
+    yield group
 
 
 def scale_and_clip(grads: list[Tensor], norm: Tensor, *, loss_scale: float, max_norm: float) -> None:

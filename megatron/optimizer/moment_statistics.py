@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from megatron.distributed.world import World
-from megatron.optimizer.adamw import local_parts
-
-CHUNK_ELEMENTS = 1 << 26
-"""Square roots of so many elements are held at a time (256 MB)."""
+from megatron.optimizer.adamw import in_pieces, local_parts, power_sum
 
 
 @dataclass(frozen=True)
@@ -36,24 +32,11 @@ def moment_statistics(optimizer: torch.optim.AdamW, world: World) -> MomentStati
     sums = torch.zeros(2, dtype=torch.float64, device=device)  # variance, momentum
     largest = torch.zeros((), dtype=torch.float64, device=device)
     for copies, variances in local_parts(s["exp_avg_sq"] for s in states):
-        for chunk in _chunks(variances):
-            roots = torch._foreach_sqrt(chunk)
-            sums[0] += torch.stack(torch._foreach_norm(roots, 1)).double().sum().to(device) / copies
-            largest = torch.maximum(largest, torch.stack(torch._foreach_max(roots)).double().max().to(device))
+        largest = torch.maximum(largest, torch.stack(torch._foreach_max(variances)).max().double().to(device))
+        for group in in_pieces(variances):
+            sums[0] += power_sum(list(torch._foreach_sqrt(group)), 1).to(device) / copies
     for copies, momenta in local_parts(s["exp_avg"] for s in states):
-        sums[1] += torch.stack(torch._foreach_norm(momenta, 1)).double().sum().to(device) / copies
+        sums[1] += power_sum(momenta, 1).to(device) / copies
+    largest = largest.sqrt()
     variance_norm, momentum_norm, variance_max = torch.cat([world.sum(sums), world.max(largest).reshape(1)]).tolist()
     return MomentStatistics(variance_norm, variance_max, momentum_norm)
-
-
-def _chunks(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Tensors in groups of at most CHUNK_ELEMENTS elements, at least one each."""
-    chunk: list[Tensor] = []
-    elements = 0
-    for tensor in tensors:
-        if chunk and elements + tensor.numel() > CHUNK_ELEMENTS:
-            yield chunk
-            chunk, elements = [], 0
-        chunk.append(tensor)
-        elements += tensor.numel()
-    yield chunk
