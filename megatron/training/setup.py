@@ -13,6 +13,7 @@ from megatron.distributed.parallelize import parallelize
 from megatron.distributed.world import World
 from megatron.instability.loss_ratio import SPIKE, PositionMatchedLossRatio
 from megatron.layout import padded_vocabulary
+from megatron.model.cpu import keep_freed_memory
 from megatron.model.gpt2 import GPT2Model
 from megatron.model.initialisation import generator_for
 from megatron.optimizer.adamw import build_optimizer
@@ -41,6 +42,8 @@ def build_state(
 ) -> TrainState:
     """A run before its first step, spread over `world`. Its weights have no values yet: initialise or restore them."""
     padded_vocabulary(config, vocab_size)
+    if world.device.type == "cpu":
+        keep_freed_memory()
     with torch.device("meta"):
         model = model_provider(config.model, vocab_size)
     parallelize(model, world, config.parallel, config.training, report)
