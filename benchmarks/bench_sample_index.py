@@ -1,36 +1,44 @@
-"""Time and memory to build the sample index of one epoch, by NumPy and by the compiled helper.
+"""Time and memory to build the sample index of one epoch: python benchmarks/bench_sample_index.py --documents 10M
 
-    python benchmarks/bench_sample_index.py --documents 10_000_000 --seq-length 1024 --json out.json
-
-The lengths of the documents are made up (lognormal), no tokens are read. Each way runs in a process of its own,
-so that its peak memory is its own; `peak` leaves out what the process held before, the lengths among it.
+By NumPy and by the compiled helper, in turn with NumPy copying as many bytes as the index has: the speed of memory. The
+lengths of the documents are made up (lognormal, sigma 1), no tokens are read. Each way runs in a process of its own, so
+that its peak memory is its own; `peak` leaves out what the process held before, the lengths among it.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import resource
-import subprocess
+import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import measure
+from flags import make_parser, positive
+from processes import run_command
 
 from megatron.data.sample_index import (
     DOCUMENT_ORDER,
     SAMPLE_ORDER,
     build_sample_index,
+    count_samples,
     fastest_locate,
     generator,
     locate_samples,
 )
+from megatron.errors import run
 
 CHUNK = 1 << 22
 MIB = 2**20
+COPYING = "copying"
+SECONDS = ("seconds", "permute_documents", "locate", "permute_samples")
 
 
 def make_lengths(documents: int, mean: float) -> np.ndarray:
@@ -48,7 +56,7 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def measure(way: str, documents: int, mean: float, seq_length: int) -> dict[str, float | int | str]:
+def measure_build(way: str, documents: int, mean: float, seq_length: int) -> dict[str, Any]:
     """Build the index once by `way`, then its parts once more each, to see where the time goes."""
     locate = locate_samples if way == "numpy" else fastest_locate()
     lengths = make_lengths(documents, mean)
@@ -61,51 +69,72 @@ def measure(way: str, documents: int, mean: float, seq_length: int) -> dict[str,
     result = index.documents.nbytes + index.starts.nbytes + index.shuffle.nbytes
     documents_in_order = index.documents
     del index
-    seconds = {}
-    for name, part in {
+    parts = {
         "permute_documents": lambda: generator(1, 0, DOCUMENT_ORDER).permutation(np.int64(documents)),
         "locate": lambda: locate(lengths, documents_in_order, seq_length, samples),
         "permute_samples": lambda: generator(1, 0, SAMPLE_ORDER).permutation(np.int64(samples)),
-    }.items():
-        started = time.perf_counter()
-        part()
-        seconds[name] = round(time.perf_counter() - started, 3)
+    }
     return {
-        "way": way,
-        "documents": documents,
         "tokens": int(lengths.sum()),
         "samples": samples,
-        "seconds": round(total, 3),
-        **seconds,
-        "peak_mib": round(peak / MIB),
-        "index_mib": round(result / MIB),
+        "seconds": total,
+        **{name: measure.timed(part) for name, part in parts.items()},
+        "peak_mib": peak // MIB,
+        "index_mib": result // MIB,
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--documents", type=int, default=10_000_000)
-    parser.add_argument("--mean-length", type=float, default=500.0, help="tokens a document")
-    parser.add_argument("--seq-length", type=int, default=1024)
-    parser.add_argument("--json", type=Path, help="write the figures to this file as well")
-    parser.add_argument("--way", choices=["numpy", "compiled"], help="measure one way and print a line of JSON")
-    options = parser.parse_args()
-    if options.way:
-        print(json.dumps(measure(options.way, options.documents, options.mean_length, options.seq_length)))
-        return
-    ways = ["numpy"] if fastest_locate() is locate_samples else ["numpy", "compiled"]
-    if len(ways) == 1:
+def measure_copying(documents: int, mean: float, seq_length: int) -> dict[str, Any]:
+    """Copy an array of the size of the index into memory that is as fresh as the index's."""
+    tokens = int(make_lengths(documents, mean).sum())
+    samples = count_samples(tokens, seq_length)
+    array = np.ones(documents + 2 * (samples + 1) + samples, dtype=np.int64)
+    before = peak_memory()
+    seconds = measure.timed(array.copy)
+    result = {"tokens": tokens, "samples": samples, "seconds": seconds, **dict.fromkeys(SECONDS[1:])}
+    return {**result, "peak_mib": (peak_memory() - before) // MIB, "index_mib": array.nbytes // MIB}
+
+
+def main() -> int:
+    parser = make_parser(__doc__)
+    parser.add_argument("--documents", type=positive, default=10_000_000, help="(default: 10M)")
+    parser.add_argument("--mean-length", type=positive, default=500, help="tokens a document (default: 500)")
+    parser.add_argument("--seq-length", type=positive, default=1024)
+    parser.add_argument(
+        "--way", choices=["numpy", "compiled", COPYING], help="measure one way once, and print a line of JSON"
+    )
+    arguments = parser.parse_args()
+    data = (arguments.documents, arguments.mean_length, arguments.seq_length)
+    if arguments.way:
+        print(json.dumps(measure_copying(*data) if arguments.way == COPYING else measure_build(arguments.way, *data)))
+        return 0
+    ways = ["numpy", COPYING]
+    if fastest_locate() is locate_samples:
         print("the compiled helper is not installed: NumPy only (python setup.py build_ext --inplace builds it)")
+    else:
+        ways.insert(1, "compiled")
+    found: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
+
+    def once(way: str) -> float:
+        done = run_command([sys.executable, __file__, *_flags(*data), "--way", way])
+        found[way].append(json.loads(done.lines[-1][1]))
+        return float(found[way][-1]["seconds"])
+
+    medians = measure.medians(measure.in_turn({way: partial(once, way) for way in ways}, arguments.repeats, warmups=0))
     rows = []
-    for way in ways:
-        done = subprocess.run([sys.executable, *sys.argv, "--way", way], check=True, capture_output=True, text=True)
-        rows.append(json.loads(done.stdout))
-    for name in rows[0]:
-        values = (f"{row[name]:>16,}" if name != "way" else f"{row[name]:>16}" for row in rows)
-        print(f"{name:<18}", *values)
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    for way, runs in found.items():
+        row = {"way": way, "ratio to copying": medians[way] / medians[COPYING], **runs[-1]}
+        parts = {name: statistics.median(one[name] for one in runs) for name in SECONDS if runs[0][name] is not None}
+        rows.append(row | parts)
+    print(f"{arguments.documents:,} documents, medians of {arguments.repeats}")
+    measure.print_table([*rows[0]], [["" if value is None else value for value in row.values()] for row in rows])
+    measure.finish(arguments.output, {"arguments": vars(arguments), "rows": rows})
+    return 0
+
+
+def _flags(documents: int, mean: int, seq_length: int) -> list[str]:
+    return ["--documents", f"{documents}", "--mean-length", f"{mean}", "--seq-length", f"{seq_length}"]
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -1,19 +1,15 @@
 """WikiText's perplexity at stride 32 against a plain loop over transformers: python benchmarks/bench_zeroshot.py
 
 The plain loop is what people write: one window at a time, every logit of it, the loss from transformers itself. Both
-take the same random weights and the same windows of random tokens, in turn, several times; prints medians and writes
-JSON. The losses are compared, too.
+take the same random weights and the same windows of random tokens, in turn, several times; their losses are compared.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +18,18 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import measure
+from flags import make_parser, positive
+
 from megatron.checkpointing.huggingface import read_huggingface
 from megatron.checkpointing.weights import build_model
 from megatron.config import TokenizerConfig
+from megatron.errors import UserError, run
 from megatron.evaluation.scoring import MICRO_BATCH_TOKENS, Piece, score
 from megatron.evaluation.wikitext import windows
 from megatron.instability.zeroshot_results import STRIDE
+
+HEAD_SIZE = 64
 
 
 def plain_loop(model: Any, pieces: list[Piece], device: torch.device) -> float:
@@ -42,25 +44,25 @@ def plain_loop(model: Any, pieces: list[Piece], device: torch.device) -> float:
     return float(total)
 
 
-def timed(function: Callable[[], float]) -> tuple[float, float]:
-    started = time.perf_counter()
-    return function(), time.perf_counter() - started
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--hidden", type=int, default=768)
-    parser.add_argument("--seq-length", type=int, default=1024)
-    parser.add_argument("--vocab-size", type=int, default=50257)
-    parser.add_argument("--windows", type=int, default=16, help="of stride 32")
-    parser.add_argument("--micro-batch-tokens", type=int, default=MICRO_BATCH_TOKENS)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", help="JSON file")
+def main() -> int:
+    parser = make_parser(__doc__)
+    parser.add_argument("--layers", type=positive, default=12)
+    parser.add_argument("--hidden", type=positive, default=768)
+    parser.add_argument("--seq-length", type=positive, default=1024)
+    parser.add_argument("--vocab-size", type=positive, default=50257)
+    parser.add_argument("--windows", type=positive, default=16, help="of stride 32")
+    parser.add_argument("--micro-batch-tokens", type=positive, default=MICRO_BATCH_TOKENS)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
     arguments = parser.parse_args()
+    if arguments.hidden % HEAD_SIZE:
+        raise UserError(f"--hidden {arguments.hidden} must be a multiple of {HEAD_SIZE}, the size of a head")
 
-    import transformers  # noqa: PLC0415  (an optional dependency)
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: there is no GPU, or torch is a build without CUDA; give --device cpu")
+    try:
+        import transformers  # noqa: PLC0415  (an optional dependency)
+    except ImportError:
+        raise UserError("transformers is not installed: pip install transformers") from None
 
     device = torch.device(arguments.device)
     torch.manual_seed(0)
@@ -70,7 +72,7 @@ def main() -> None:
             n_positions=arguments.seq_length,
             n_embd=arguments.hidden,
             n_layer=arguments.layers,
-            n_head=arguments.hidden // 64,
+            n_head=arguments.hidden // HEAD_SIZE,
         )
     )
     with tempfile.TemporaryDirectory() as directory:
@@ -82,28 +84,38 @@ def main() -> None:
     tokens = np.random.default_rng(0).integers(0, arguments.vocab_size, length, dtype=np.int32)
     pieces = windows(tokens, arguments.seq_length, STRIDE)[1:]  # of thousands the first, which predicts all, is nothing
 
-    runs: dict[str, Callable[[], float]] = {
+    losses: dict[str, float] = {}
+    ways: dict[str, Callable[[], float]] = {
         "plain loop": lambda: plain_loop(theirs, pieces, device),
         "ours": lambda: float(score(ours, pieces, micro_batch_tokens=arguments.micro_batch_tokens).losses.sum()),
     }
-    losses, seconds = {}, {name: [] for name in runs}
-    for repeat in range(arguments.repeats + 1):
-        for name, function in runs.items():
-            losses[name], took = timed(function)
-            if repeat:  # the first is a warm-up
-                seconds[name].append(took)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    ratio = medians["plain loop"] / medians["ours"]
+
+    def once(name: str) -> None:
+        losses[name] = ways[name]()
+
+    seconds = measure.in_turn({name: partial(once, name) for name in ways}, arguments.repeats)
+    medians = measure.medians(seconds)
     difference = abs(losses["ours"] / losses["plain loop"] - 1)
-    print(f"{arguments.layers} layers, hidden {arguments.hidden}, {len(pieces)} windows of {arguments.seq_length}")
-    print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, medians of {arguments.repeats}")
-    for name, median in medians.items():
-        print(f"  {median:8.3f} s  {1000 * median / len(pieces):8.1f} ms a window  {name}")
-    print(f"  {ratio:.2f} times as fast; losses differ by {difference:.1e} of themselves")
-    if arguments.output:
-        report = {"arguments": vars(arguments), "seconds": seconds, "ratio": ratio, "difference": difference}
-        Path(arguments.output).write_text(json.dumps(report, indent=1) + "\n")
+    print(
+        f"{arguments.layers} layers, hidden {arguments.hidden}, {len(pieces)} windows of {arguments.seq_length} on "
+        f"{device}, medians of {arguments.repeats}; losses differ by {difference:.1e} of themselves"
+    )
+    rows = [
+        {
+            "contestant": name,
+            "seconds": took,
+            "ms a window": 1000 * took / len(pieces),
+            "ratio to the plain loop": medians["plain loop"] / took,
+        }
+        for name, took in medians.items()
+    ]
+    measure.print_table([*rows[0]], [[*row.values()] for row in rows])
+    measure.finish(
+        arguments.output,
+        {"arguments": vars(arguments), "rows": rows, "seconds": seconds, "difference": difference},
+    )
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
