@@ -18,7 +18,8 @@ import contestants as c
 import measure
 import torch
 import torch.distributed as dist
-from flags import make_parser, positive
+from flags import make_parser, new_file, positive
+from matplotlib.figure import Figure
 from rivals import Rival, Rivals
 
 from megatron.errors import UserError, run
@@ -36,6 +37,7 @@ def main() -> int:
     parser.add_argument("--start", type=positive, default=8, help="shortest length; it doubles (default: 8)")
     parser.add_argument("--multiple", type=positive, default=8, help="lengths of the walk are multiples of it (8)")
     parser.add_argument("--compile", action="store_true", help="with torch.compile, which is the default on a GPU")
+    parser.add_argument("--figure", type=new_file, metavar="FILE", help="draw tokens/s by length (.png, .svg)")
     arguments = parser.parse_args()
     sequences, seq_length = arguments.sequences, arguments.seq_length
     if sequences % arguments.micro_batch:
@@ -98,12 +100,32 @@ def main() -> int:
             f"a walk through {found['lengths']} lengths, micro-batches {name}: {found['graphs']:.0f} graphs compiled, "
             f"stalls {found['sum']:.1f} s, the longest {found['largest']:.1f} s at length {found['at']}"
         )
+    if arguments.figure:
+        draw(
+            arguments.figure, lengths, {"by tokens (ours)": [row[2] for row in rows], "fixed": [row[4] for row in rows]}
+        )
     measure.finish(
         arguments.output,
         {"arguments": vars(arguments), "seconds": seconds, "rows": rows, "walks": walks, "update": update,
          "micro_batch": each, "reduction": reduction, "ratio": {row[0]: row[5] for row in rows}},
     )  # fmt: skip
     return 0
+
+
+def draw(path: str, lengths: list[int], ways: dict[str, list[float]]) -> None:
+    """Tokens a second by length, for each way to cut a step into micro-batches."""
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    axes = figure.add_subplot()
+    for (name, values), style in zip(ways.items(), ("o-", "s--"), strict=True):
+        axes.plot(lengths, values, style, label=f"micro-batches {name}")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("sequence length of the step, the same number of sequences")
+    axes.set_ylabel("tokens/s")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=120)
 
 
 def walk(rival: Callable[..., float], seq_length: int, multiple: int) -> dict[str, Any]:

@@ -36,7 +36,8 @@ PROGRAMS: dict[str, tuple[str | list[str], list[str]]] = {
         f"{TINY_MODEL} --contestants ours-eager lean-eager huggingface-eager",
         ["ours-eager", "lean-eager", "huggingface-eager"],
     ),
-    "bench_warmup.py": (f"{TINY_MODEL} --sequences 8", ["8", "16"]),
+    "bench_attention.py": ("--tokens 64 --heads 2 --head-dim 8 --lengths 8 64 --repeats 1", ["8", "64"]),
+    "bench_warmup.py": (f"{TINY_MODEL} --sequences 8 --figure {{directory}}/speed.png", ["8", "16"]),
     "bench_run.py": (
         f"{TINY_MODEL} --train-tokens 1K --sequences 4 --start 8 --warmup-iters 2",
         ["baseline", "slw", "slw, fixed micro-batches"],
@@ -110,11 +111,12 @@ def test_prints_a_row_for_each_contestant_and_writes_where_it_was_measured(
     if name in ("bench_zeroshot.py", "bench_train_step.py"):
         pytest.importorskip("transformers")
     given, names = PROGRAMS[name]
-    words = given.format(text=text).split() if isinstance(given, str) else given
+    words = given.format(text=text, directory=tmp_path).split() if isinstance(given, str) else given
     done = run_program(name, *words, "--output", str(tmp_path / "out.json"))
     assert done.returncode == 0, done.stderr
     table = [line.split("|")[1].strip() for line in done.stdout.splitlines() if line.startswith("|")]
     assert [row for row in table[2:] if row != "compiled"] == names
+    assert "--figure" not in words or (tmp_path / "speed.png").stat().st_size > 10_000
     written = json.loads((tmp_path / "out.json").read_text())
     assert {"date", "commit", "processor", "cores", "torch"} <= written["machine"].keys()
     assert written["machine"]["commit"] in done.stdout
