@@ -11,7 +11,10 @@ from megatron.checkpointing.weights import Vocabulary, Weights, parameter_shapes
 from megatron.config import ModelConfig
 from megatron.model.initialisation import generator_for
 
-SMALL = ModelConfig(num_layers=2, hidden_size=48, num_attention_heads=4, seq_length=32, hidden_dropout=0.2)
+SMALL = ModelConfig(
+    num_layers=2, hidden_size=48, num_attention_heads=4, seq_length=32, hidden_dropout=0.2, norm_epsilon=1e-2
+)
+"""With no setting that is a default."""
 
 
 def random_weights(

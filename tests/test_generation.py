@@ -14,9 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+from random_models import random_weights
 from zeroshot_models import save_hugging_face, small_gpt2
 
-from megatron.config import ModelConfig
+from megatron.checkpointing.weights import named_vocabulary, save_weights
+from megatron.config import ModelConfig, TokenizerConfig
 from megatron.errors import UserError
 from megatron.evaluation.generation import Continuation, Prompt, Sampling, generate, read_prompts, write_samples
 from megatron.evaluation.loading import load_model
@@ -136,6 +138,14 @@ def test_top_p_by_hand():
     kept = Sampling(top_p=0.75).probabilities(logits)
     torch.testing.assert_close(kept, torch.tensor([[0, 5 / 8, 0, 3 / 8]], dtype=torch.float64))
     assert Sampling(top_p=0.01).probabilities(logits).tolist() == [[0, 1, 0, 0]]
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-300, 5e-324])
+def test_a_temperature_near_0_takes_the_likeliest(temperature: float):
+    logits = torch.randn(5, VOCABULARY, generator=torch.Generator().manual_seed(2))
+    for sampling in (Sampling(temperature), Sampling(temperature, top_k=5, top_p=0.9)):
+        assert torch.equal(sampling.probabilities(logits).argmax(-1), logits.argmax(-1))
+        assert sampling.probabilities(logits).amax(-1).tolist() == [1.0] * 5
 
 
 def test_tokens_are_drawn_as_often_as_they_are_likely():
@@ -267,6 +277,40 @@ def test_the_program_writes_json_lines(
     if Path("/dev/full").exists():
         with pytest.raises(UserError, match="cannot write /dev/full: disk full"):
             program(*base, "--sample-output-file", "/dev/full")
+
+
+def test_files_are_not_lost_and_the_type_is_taken(
+    tmp_path: Path, tiny_tokenizer: TrainedTokenizer, program: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+):
+    files = tiny_tokenizer.vocab_file, tiny_tokenizer.merge_file
+    vocabulary = named_vocabulary(TokenizerConfig(vocab_file=str(files[0]), merge_file=str(files[1])))
+    assert vocabulary is not None
+    save_weights(random_weights(vocabulary=vocabulary), tmp_path / "run")
+    prompts, output = tmp_path / "prompts.txt", tmp_path / "out.jsonl"
+    prompts.write_text("a\nb\nc\n")
+    output.write_text("before")
+    base = ["--load", tmp_path / "run", "--device", "cpu", "--out-seq-length", 2, "--batch-size", 1]
+    base += ["--sample-input-file", prompts, "--genfile"]
+    with pytest.raises(UserError, match=r"--sample-output-file .*txt would be written over --sample-input-file .*txt"):
+        program(*base, prompts)
+    assert prompts.read_text() == "a\nb\nc\n"
+
+    types = []
+
+    def interrupted(model: GPT2Model, prompts: Sequence[Sequence[int]], **settings: Any) -> list[Continuation]:
+        types.append(model.word_embeddings.weight.dtype)
+        if len(types) == 3:
+            raise KeyboardInterrupt
+        return generate(model, prompts, **settings)
+
+    monkeypatch.setattr("megatron.evaluation.generation.generate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        program(*base, output, "--dtype", "bf16")
+    part = tmp_path / "out.jsonl.part"
+    assert output.read_text() == "before" and len(part.read_text().splitlines()) == 2
+    assert set(types) == {torch.bfloat16}
+    program(*base, output)
+    assert len(output.read_text().splitlines()) == 3 and not part.exists()
 
 
 def test_one_by_one_each_prompt_is_answered_before_the_next_is_read(tiny_tokenizer: TrainedTokenizer):

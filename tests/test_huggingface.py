@@ -46,6 +46,7 @@ def their_model(config: ModelConfig, vocabulary: int, seed: int = 3) -> Any:
         n_positions=config.seq_length,
         vocab_size=vocabulary,
         resid_pdrop=config.hidden_dropout,
+        layer_norm_epsilon=config.norm_epsilon,
         bos_token_id=None,
         eos_token_id=None,
     )
@@ -241,6 +242,8 @@ def test_code_in_a_pickle_is_not_run(theirs: Path, tmp_path: Path) -> None:
         ("attn_pdrop", None, r"attn_pdrop: expected a number, found None"),
         ("n_layer", 1, r"expected the tensors of a GPT-2, found h.1.attn.c_attn.bias too"),
         ("n_layer", 3, r"expected the tensor transformer.h.2.ln_1.weight, found none"),
+        ("n_layer", 10**9, r"expected the tensor transformer.h.999999999.ln_1.weight, found none"),
+        ("n_embd", 10**9, r"wte.weight: expected the shape \[300, 1000000000\] that its settings lead to, found"),
         ("vocab_size", 301, r"wte.weight: expected the shape \[301, 48\] that its settings lead to, found \[300, 48\]"),
     ],
 )
@@ -351,10 +354,9 @@ def test_the_tool_both_ways_and_a_run_that_goes_on_from_theirs(
     convert(monkeypatch, "--to", "hf", "--load", ours, "--save", back)
     assert "(by transformers)" in capsys.readouterr().out
     assert_same(read_huggingface(back), read_huggingface(theirs))
-
     corpus = toy_corpus(tmp_path, documents=40, tokens=100, vocabulary=300)
     command = (
-        f"pretrain_gpt2.py --config {ours}/checkpoints/iter_0000000/config.yaml --unset train-tokens --load {ours} "
+        f"pretrain_gpt2.py --config {ours}/checkpoints/iter_0000000/config.yaml --load {ours} "
         f"--finetune --save {run} --data-path {corpus} --train-iters 1 --global-batch-size 2 --micro-batch-size 2 "
         "--eval-iters 1 --lr-warmup-iters 0 --lr 1e-9 --no-tensorboard --compile off"
     )
@@ -379,9 +381,12 @@ def test_the_tool_both_ways_and_a_run_that_goes_on_from_theirs(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--to hf --output x", "--to hf writes to --save: give it alone"),
-        ("--from hf", "--from hf writes to --save: give it alone"),
-        ("--to safetensors --save x", "--to safetensors writes to --output: give it alone"),
+        ("--to hf --output x", "--to hf needs --save DIR, to write to"),
+        ("--from hf", "--from hf needs --save DIR, to write to"),
+        ("--to hf --save x --output x", "--to hf writes to --save, not to --output: drop that"),
+        ("--to safetensors --save x", "--to safetensors needs --output FILE, to write to"),
+        ("", "one of the arguments --to --from is required; see --help"),
+        ("--from hf --save x", "--load nowhere: no such directory, and nothing is downloaded here: fetch .* hf downl"),
         ("--from hf --save x --dtype bf16", "--dtype has no effect here"),
         ("--to hf --save x --force", "--force has no effect here"),
         ("--to safetensors --output x --vocab-file v", "--vocab-file is for --to hf and --from, not --to safetensors"),

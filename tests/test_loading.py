@@ -144,7 +144,7 @@ def test_an_end_of_text_stays_with_the_model(ends_otherwise: Path, tmp_path: Pat
     weights = read_huggingface(ends_otherwise, TokenizerConfig(eod_token="</s>"))
     path = save_weights(weights, tmp_path / "run")
     assert load_model(tmp_path / "run").require_tokenizer().eod == 399
-    config, _ = parse_config(build_parser(), ["--config", str(path / "config.yaml")])
+    config, _ = parse_config(build_parser(), ["--config", str(path / "config.yaml"), "--train-iters", "1"])
     prefix = corpus(tmp_path, config.tokenizer)
     assert find_vocabulary(config.tokenizer, [prefix]).eod == 399, "what pretrain masks"
 

@@ -67,7 +67,7 @@ def rank_file(
     }
     arguments = argparse.Namespace(
         num_layers=2, hidden_size=hidden, num_attention_heads=HEADS, max_position_embeddings=32,
-        layernorm_epsilon=1e-5, params_dtype=torch.half, data_path=["x"],
+        layernorm_epsilon=weights.config.norm_epsilon, params_dtype=torch.half, data_path=["x"],
     )  # fmt: skip
     content: dict[str, Any] = {
         "iteration": 5,
@@ -156,18 +156,31 @@ def edit(path: Path, **arguments: Any) -> None:
         ({"num_layers": None}, r"args.num_layers: expected a whole number, found None"),
         ({"num_layers": 1}, r"expected the weights of a GPT-2, found blocks.1.attention.output.bias too"),
         ({"num_layers": 3}, r"expected the weights of blocks.2.attention_norm.weight, found none"),
-        ({"hidden_size": 96}, r"expected the shape \[\d+, 96\] that its settings lead to, found \[300, 48\]"),
+        ({"hidden_size": 96}, r"expected the shape \[384, 96\] that its settings lead to, found \[384, 48\]"),
         ({"num_attention_heads": 5}, r"args: --hidden-size 48 must be a multiple of --num-attention-heads 5"),
         ({"max_position_embeddings": 64}, r"position_embeddings.weight: expected the shape \[64, 48\]"),
         ({"ffn_hidden_size": 100}, r"args.ffn_hidden_size: expected 4 x hidden_size = 192, found 100"),
         ({"bias_gelu_fusion": False}, r"args.bias_gelu_fusion: expected True, found False: that is the exact GELU"),
         ({"apply_residual_connection_post_layernorm": True}, r"post_layernorm: expected False, found True"),
+        ({"squared_relu": True}, r"args.squared_relu: expected False, found True: only plain GPT-2 can be read"),
+        ({"normalization": "RMSNorm"}, r"args.normalization: expected 'LayerNorm', found 'RMSNorm'"),
+        ({"position_embedding_type": "rope"}, r"args.position_embedding_type: expected 'learned_absolute', found 'ro"),
+        ({"layernorm_epsilon": "x"}, r"args.layernorm_epsilon: expected a number, found 'x'"),
+        ({"num_layers": 10**9}, r"expected the weights of blocks.999999999.attention_norm.weight, found none"),
+        ({"hidden_size": 10**9, "num_attention_heads": 10}, r"expected the shape \[384, 1000000000\]"),
     ],
 )
 def test_arguments_that_do_not_fit_are_named(tmp_path: Path, arguments: dict[str, Any], message: str) -> None:
     edit(write(tmp_path), **arguments)
     with pytest.raises(UserError, match=message):
         read_megatron(tmp_path, GIVEN)
+
+
+@pytest.mark.parametrize(("seq_length", "length"), [(16, 16), (32, 32), (64, 32), (None, 32), (0, 32)])
+def test_the_trained_length_may_be_less_than_the_positions(tmp_path: Path, seq_length: int | None, length: int) -> None:
+    edit(write(tmp_path), seq_length=seq_length, swiglu=False, normalization="LayerNorm", num_experts=None)
+    config = read_megatron(tmp_path, GIVEN).config
+    assert (config.seq_length, config.positions) == (length, 32)
 
 
 def test_tanh_form_of_the_gelu_without_its_fused_kernel_is_read(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from synthetic_runs import write_losses
 
 from megatron.errors import UserError
-from megatron.evaluation.table2 import PRINTED_ZEROSHOT, read_printed, table2
+from megatron.evaluation.table2 import PRINTED_ZEROSHOT, _other_length, read_printed, table2
 from megatron.instability.summary import read_runs
 from megatron.instability.zeroshot_results import differences
 from megatron.model.recipe_tables import read_paper_runs
@@ -50,9 +50,14 @@ def test_a_run_stands_beside_the_papers(tmp_path: Path) -> None:
     run_with(tmp_path / "mine", None)
     early = f"gpt2-1.5b-b4k-slw45k@50000={tmp_path / 'gpt2-1.5b-b4k-slw45k'}"
     runs = read_runs([str(tmp_path / "gpt2-1.5b-b4k-slw45k"), str(tmp_path / "mine"), early])
-    ours = ["4", "400", "1.00", "1,234.57", "25.12%"]
-    found = rows(table2(runs, RECIPES))
-    assert [row[2::2] for row in found] == [ours, [*ours[:3], "-", "-"], ours]
+    ours = ["4 *", "400", "1.00", "1,234.57", "25.12%"]
+    table, notes = table2(runs, RECIPES).split("\n\n")
+    found = rows(table)
+    assert [row[2::2] for row in found] == [ours, ["4", *ours[1:3], "-", "-"], ours]
+    assert notes.splitlines() == [
+        "* gpt2-1.5b-b4k-slw45k: 4 steps, the paper's run has 58.8K",
+        "* gpt2-1.5b-b4k-slw45k@50000: 4 steps, the paper's run has 50K",
+    ]
     assert [row[1::2] for row in found] == [
         ["Table 2, case 15", "58.8K", "157B", "155", "13.72", "58.47%"],
         ["-"] * 6,
@@ -68,6 +73,28 @@ def test_what_was_measured_otherwise_is_said_under_the_table(tmp_path: Path) -> 
     table, notes = table2(read_runs([str(tmp_path / name) for name in ("mine", "same")]), RECIPES).split("\n\n")
     assert [row[-4::2] for row in rows(table)] == [["inf *", "25.12% *"], ["1,234.57", "25.12%"]]
     assert notes == "* mine: WIKITEXT103 stride 256; LAMBADA-strict on 1,000 of 5,153 examples, context 256"
+
+
+@pytest.mark.parametrize(
+    ("name", "note"),
+    [
+        ("gpt2-117m-b51", "gpt2-117m-b51: the paper has no run of that name; did you mean gpt2-117m-b512?"),
+        (
+            "gpt2-117m-b512-slw60k@100000",
+            "gpt2-117m-b512-slw60k@100000: the paper prints nothing of that step; what it prints: "
+            "gpt2-117m-b512-slw60k@200000",
+        ),
+        ("mine", ""),
+    ],
+)
+def test_names_that_are_almost_the_papers(tmp_path: Path, name: str, note: str) -> None:
+    found = table2(read_runs([f"{name}={run_with(tmp_path, None)}"]), RECIPES)
+    assert found.partition("\n\n")[2] == note and rows(found.partition("\n\n")[0])[0][2] == "4"
+
+
+def test_steps_are_the_papers_where_they_round_to_them() -> None:
+    for steps, other in ((58_800, False), (58_840, False), (57_000, True)):
+        assert _other_length(steps, "58.8K") is other
 
 
 @pytest.mark.parametrize(
@@ -118,7 +145,7 @@ def test_the_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     ]  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["table2.py", str(run_with(tmp_path / "gpt2-117m-b4k", RESULTS))])
     main()
-    assert rows(capsys.readouterr().out)[0][-4:] == ["1,234.57", "28.09", "25.12%", "32.54%"]
+    assert rows(capsys.readouterr().out.partition("\n\n")[0])[0][-4:] == ["1,234.57", "28.09", "25.12%", "32.54%"]
 
 
 def test_bad_printed_figures_are_named(tmp_path: Path) -> None:

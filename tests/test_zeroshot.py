@@ -66,9 +66,29 @@ def small(tiny_tokenizer, tmp_path_factory) -> Both:
     """Knows the first six of the made-up texts by heart."""
     files = tiny_tokenizer.vocab_file, tiny_tokenizer.merge_file
     model = small_gpt2(tiny_tokenizer.vocab_size, positions=128)
-    found = both(model, save_hugging_face(model, tmp_path_factory.mktemp("random"), *files))
+    found = both(model, save_hugging_face(model, tmp_path_factory.mktemp("untrained"), *files))
     learn(model, [found.encode(text) for text in made_up_texts(12)[:6]], targets=8, steps=20)
     return both(model, save_hugging_face(model, tmp_path_factory.mktemp("trained"), *files))
+
+
+@pytest.fixture(scope="module")
+def untrained(tiny_tokenizer, tmp_path_factory) -> Both:
+    """Random weights."""
+    model = small_gpt2(tiny_tokenizer.vocab_size, positions=128)
+    files = tiny_tokenizer.vocab_file, tiny_tokenizer.merge_file
+    return both(model, save_hugging_face(model, tmp_path_factory.mktemp("random"), *files))
+
+
+def test_random_weights_equal_a_slow_loop(untrained, tmp_path):
+    path = tmp_path / "wiki.tokens"
+    path.write_text(WIKI)
+    untrained.check_wikitext(path, 64, 16)
+    texts = made_up_texts(12)
+    # Its own next words, so that some targets are the likeliest.
+    guesses = [untrained.theirs(torch.tensor([untrained.encode(text)])).logits[0, -1].argmax() for text in texts[:4]]
+    decode = untrained.loaded.require_tokenizer().decode
+    texts += [text + decode([int(guess)]) for text, guess in zip(texts, guesses, strict=False)]
+    untrained.check_lambada(write_lambada(tmp_path / "lambada.jsonl", texts), texts, strict=False)
 
 
 @pytest.mark.parametrize(("seq_length", "stride"), [(64, 16), (64, 64), (40, 7), (64, 1), (128, 128)])

@@ -237,7 +237,7 @@ def test_bad_lambada(loaded: Loaded, tmp_path: Path, content: bytes, flags: dict
         (b"a b c", {"overlapping_eval": 33}, "--overlapping-eval 33 must be from 1 to the sequence length 32"),
         (b"a b c", {"overlapping_eval": 17, "seq_length": 16}, "--overlapping-eval 17 must be from 1 to the sequence"),
         (b"a b c", {"overlapping_eval": 0}, "--overlapping-eval 0 must be from 1 to the sequence length 32"),
-        (None, {}, "cannot read "),
+        (None, {}, ": cannot be read (No such file"),
     ],
 )
 def test_bad_wikitext(loaded: Loaded, tmp_path: Path, content: bytes | None, flags: dict, message: str) -> None:
@@ -319,11 +319,12 @@ def test_lm_eval_through_the_tool(model_directory: Path, loaded: Loaded, tmp_pat
         "metric_list: [{metric: bits_per_byte}]\n"
     )
     flags = ("--task", "own", "--load", model_directory, "--include-path", tmp_path, "--output", tmp_path / "out.json")
-    result = tool(*flags)
+    result = tool(*flags, "--limit", 2)
     assert result.returncode == 0, result.stderr
     written = json.loads((tmp_path / "out.json").read_text())
-    expected = run_harness(loaded, ["own"], include_path=tmp_path)
+    expected = run_harness(loaded, ["own"], limit=2, include_path=tmp_path)
     assert (written["task"], written["results"]) == ("own", expected["results"])
+    assert (written["limit"], written["n-samples"]["own"]["effective"]) == (2, 2)
     assert result.stdout.startswith(f"own: bits_per_byte {expected['results']['own']['bits_per_byte,none']:.4f}")
 
 

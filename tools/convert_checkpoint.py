@@ -18,9 +18,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from the source tree, installed or not
 
+from megatron.arguments import Parser
 from megatron.checkpointing.export import export_weights
 from megatron.checkpointing.huggingface import read_huggingface
 from megatron.checkpointing.huggingface_export import export_huggingface
+from megatron.checkpointing.manifest import MANIFEST
 from megatron.checkpointing.megatron_v1 import read_megatron
 from megatron.checkpointing.weights import DTYPES, describe, read_run, require_free, save_weights
 from megatron.errors import UserError, run
@@ -31,16 +33,14 @@ READERS = {"hf": read_huggingface, "megatron": read_megatron}
 
 def parse_arguments() -> argparse.Namespace:
     """The flags."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument(
         "--load",
         type=Path,
         required=True,
         metavar="DIR",
         help="with --to a run or its checkpoints, of which the newest is taken, or one checkpoint; with --from a "
-        "Hugging Face directory, or what Megatron-LM saved to",
+        "Hugging Face directory (nothing is downloaded), or what Megatron-LM saved to",
     )
     way = parser.add_mutually_exclusive_group(required=True)
     way.add_argument(
@@ -60,17 +60,18 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--force", action="store_true", help="replace FILE where it exists")
     group = add_tokenizer_flags(parser)
     group.add_argument("--vocab-size", type=int, metavar="N", help="tokens of the vocabulary, without a tokenizer")
-    return parser.parse_args()
+    return parser.parse_known(sys.argv[1:])
 
 
 def main() -> None:
     """Convert, and say what was written."""
     given = parse_arguments()
     needed, other = ("output", "save") if given.to == "safetensors" else ("save", "output")
-    if getattr(given, needed) is None or getattr(given, other) is not None:
-        raise UserError(
-            f"--{'from' if given.source else 'to'} {given.source or given.to} writes to --{needed}: give it alone"
-        )
+    way = f"--from {given.source}" if given.source else f"--to {given.to}"
+    if getattr(given, needed) is None:
+        raise UserError(f"{way} needs --{needed} {'FILE' if needed == 'output' else 'DIR'}, to write to")
+    if getattr(given, other) is not None:
+        raise UserError(f"{way} writes to --{needed}, not to --{other}: drop that")
     tokenizer = tokenizer_config(given)
     if given.to == "safetensors":
         if named := [f.name for f in dataclasses.fields(tokenizer) if getattr(given, f.name) is not None]:
@@ -78,6 +79,8 @@ def main() -> None:
                 f"--{named[0].replace('_', '-')} is for --to hf and --from, not --to safetensors, which writes weights "
                 "alone: drop it"
             )
+        if (given.output.parent / MANIFEST).exists():
+            raise UserError(f"--output {given.output} would be among a checkpoint's own files: name another directory")
         print(export_weights(given.load, given.output, dtype=given.dtype, force=given.force))
         return
     if given.force or (given.source and given.dtype):

@@ -14,17 +14,19 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import sys
 from pathlib import Path
 
 # Run from a source tree, installed or not.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron.checkpointing.weights import DTYPES
+from megatron.arguments import Parser
+from megatron.checkpointing.weights import DTYPES, require_apart
 from megatron.config import Config, TrainingConfig
 from megatron.counts import parse_count
 from megatron.distributed.launch import connect, read_environment
-from megatron.errors import CommandLineError, run
+from megatron.errors import CommandLineError, UserError, run
 from megatron.evaluation.loading import load_model
 from megatron.evaluation.scoring import MICRO_BATCH_TOKENS
 from megatron.evaluation.zeroshot import ZeroShotConfig, evaluate, evaluate_harness
@@ -53,9 +55,7 @@ OWNERS = {
 
 def parse_arguments() -> argparse.Namespace:
     """The flags, with Megatron's names."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--task", required=True, help=f"{WIKITEXT}, {LAMBADA}, or tasks of lm-eval with commas between")
     parser.add_argument(
         "--load",
@@ -108,24 +108,40 @@ def parse_arguments() -> argparse.Namespace:
     )
     group.add_argument("--include-path", type=Path, metavar="DIR", help="task files of your own")
     add_tokenizer_flags(parser)
-    return parser.parse_args()
+    try:
+        return parser.parse_known(sys.argv[1:])
+    except UserError as error:
+        raise CommandLineError(str(error)) from None
 
 
 def check(given: argparse.Namespace) -> None:
     """Raise CommandLineError, before a model is loaded, for flags that do not go together."""
+    names = given.task.split(",")
+    near = difflib.get_close_matches(names[0].upper(), (WIKITEXT, LAMBADA), n=1, cutoff=0.8)
+    meant = f"; did you mean {near[0]}?" if near else ""
+    if len(names) > 1 and (ours := [name for name in names if name in (WIKITEXT, LAMBADA)]):
+        raise CommandLineError(f"--task {given.task}: {ours[0]} is evaluated by itself: give one at a time")
+    if given.task.upper() == WIKITEXT != given.task:
+        raise CommandLineError(f"--task {given.task}: there is none{meant}")
     if given.output is not None and given.output.is_dir():
         raise CommandLineError(f"--output {given.output} is a directory: name a file in it")
     if (kept := kept_results(given.load)) is not None:
         read_results(kept)  # a broken one is better found before the evaluation than after it
+        if given.output is not None and given.output.resolve() == kept.resolve():
+            raise CommandLineError(
+                f"--output {given.output} is where the run keeps the results of all tasks, this one's too: drop it, or "
+                "name another file"
+            )
     if given.output is not None and not given.output.parent.is_dir():
         raise CommandLineError(f"--output {given.output}: {given.output.parent} is no directory; make it first")
+    require_apart("--output", given.output, {"--valid-data": given.valid_data})
     if given.task in (WIKITEXT, LAMBADA):
         if given.valid_data is None:
             raise CommandLineError(f"--task {given.task} needs --valid-data FILE, the text to evaluate on")
     elif given.valid_data is not None:
         raise CommandLineError(
             f"--task {given.task} is for lm-eval ({WIKITEXT} and {LAMBADA} are not), which brings its own data: drop "
-            "--valid-data, or correct --task"
+            f"--valid-data, or correct --task{meant}"
         )
     for name, tasks in OWNERS.items():
         kind = given.task if given.task in (WIKITEXT, LAMBADA) else LM_EVAL

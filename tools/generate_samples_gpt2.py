@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from the source tree, installed or not
 
 from megatron.arguments import Parser
-from megatron.checkpointing.weights import DTYPES
+from megatron.checkpointing.weights import DTYPES, require_apart
 from megatron.config import require
 from megatron.errors import run
 from megatron.evaluation.generation import STANDARD_INPUT, Sampling, output_stream, read_prompts, write_samples
@@ -48,7 +48,8 @@ def parse_arguments() -> argparse.Namespace:
         "--genfile",
         type=Path,
         metavar="FILE",
-        help="where to write, over what is there (default: standard output)",
+        help="where to write; what is there stays until all samples are, which grow in FILE.part (default: standard "
+        "output)",
     )
     what.add_argument("--num-samples", type=int, default=1, metavar="N", help="samples of each prompt (default: 1)")
     what.add_argument(
@@ -92,11 +93,13 @@ def main() -> None:
     for flag in ("num-samples", "out-seq-length", "batch-size"):
         value = getattr(arguments, flag.replace("-", "_"))
         require(value >= 1, f"--{flag} {value} must be at least 1")
+    source, output = arguments.sample_input_file, arguments.sample_output_file
+    require_apart("--sample-output-file", output, {"--sample-input-file": None if source == STANDARD_INPUT else source})
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.greedy)
     loaded = load_model(
         arguments.load, tokenizer=tokenizer_config(arguments), device=arguments.device, dtype=arguments.dtype
     )
-    tokenizer, source, prompts = loaded.require_tokenizer(), arguments.sample_input_file, None
+    tokenizer, prompts = loaded.require_tokenizer(), None
     if source is not None:
         prompts = read_prompts(source, tokenizer, loaded.config.seq_length)
     samples = write_samples(
@@ -111,7 +114,7 @@ def main() -> None:
         seed=arguments.seed,
         one_by_one=source == STANDARD_INPUT and os.isatty(0),
     )
-    with output_stream(arguments.sample_output_file) as stream:
+    with output_stream(output) as stream:
         for sample in samples:
             print(json.dumps(sample, ensure_ascii=False), file=stream, flush=True)
 

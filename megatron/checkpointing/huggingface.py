@@ -29,14 +29,16 @@ from megatron.checkpointing.weights import (
     pad_rows,
     parameter_shapes,
     require_floating,
+    require_same_tokens,
     require_shape,
     require_size,
     sized,
+    warn_unchecked,
 )
 from megatron.config import ModelConfig, TokenizerConfig
 from megatron.errors import UserError
 from megatron.files import file_errors
-from megatron.tokenizer.build import names_files, token_of
+from megatron.tokenizer.build import names_files, tokens_of
 from megatron.tokenizer.gpt2_bpe import GPT2BPETokenizer
 from megatron.tokenizer.huggingface import HFTokenizer
 
@@ -86,13 +88,24 @@ def read_huggingface(directory: Path, tokenizer: TokenizerConfig = NO_FLAGS) -> 
         UserError: where config.json is not a GPT-2's, a file is missing or damaged, a tensor is missing, unexpected or
             of another shape, or the tokenizer has another size than the model's vocabulary.
     """
+    if not directory.is_dir():
+        raise UserError(
+            f"--load {directory}: no such directory, and nothing is downloaded here: fetch a model first, as by "
+            "hf download openai-community/gpt2 --local-dir gpt2"
+        )
     path = directory / CONFIG
     settings = read_json(path)
     config, vocab_size = _config_from(settings, path)
     vocabulary = _vocabulary(directory, tokenizer, vocab_size)
     found = {name.removeprefix("transformer."): tensor for name, tensor in _read_tensors(directory).items()}
-    head, words = found.get("lm_head.weight"), found.get("wte.weight")
-    if head is not None and words is not None and not torch.equal(head, words):
+    words, last = (
+        _present(found, name, directory) for name in ("wte.weight", f"h.{config.num_layers - 1}.ln_1.weight")
+    )
+    # Before a model of an absurd size is described.
+    require_shape(words, (vocab_size, config.hidden_size), f"{directory}: wte.weight")
+    require_shape(last, (config.hidden_size,), f"{directory}: h.{config.num_layers - 1}.ln_1.weight")
+    head = found.get("lm_head.weight")
+    if head is not None and not _same_values(head, words):
         raise UserError(
             f"{directory}: lm_head.weight is not wte.weight: expected a GPT-2 whose output embedding is tied"
         )
@@ -100,15 +113,26 @@ def read_huggingface(directory: Path, tokenizer: TokenizerConfig = NO_FLAGS) -> 
     tensors = {}
     shapes = parameter_shapes(config, vocab_size)
     for name, theirs in huggingface_names(config).items():
-        tensor = found.pop(theirs, None)
-        if tensor is None:
-            raise UserError(f"{directory}: expected the tensor transformer.{theirs}, found none")
+        tensor = _present(found, theirs, directory)
+        del found[theirs]
         require_shape(tensor, shapes[name][::-1] if is_linear(name) else shapes[name], f"{directory}: {theirs}")
         tensors[name] = _swap_layout(name, tensor.float(), config, from_theirs=True)
     if found:
         raise UserError(f"{directory}: expected the tensors of a GPT-2, found {min(found)} too")
     tensors[WORDS] = pad_rows(tensors[WORDS], config)
     return Weights(config, vocabulary, tensors, directory)
+
+
+def _present(tensors: Mapping[str, Tensor], name: str, directory: Path) -> Tensor:
+    if name not in tensors:
+        raise UserError(f"{directory}: expected the tensor transformer.{name}, found none")
+    return tensors[name]
+
+
+def _same_values(left: Tensor, right: Tensor) -> bool:
+    """Whether two tensors hold the same; what is no number equals itself, and is left for those who compute with it."""
+    same_shape = left.shape == right.shape
+    return same_shape and torch.allclose(left.float(), right.float(), rtol=0, atol=0, equal_nan=True)
 
 
 def huggingface_names(config: ModelConfig) -> dict[str, str]:
@@ -199,11 +223,18 @@ def _vocabulary(directory: Path, flags: TokenizerConfig, vocab_size: int) -> Voc
         own = TokenizerConfig(GPT2BPETokenizer.name, vocab_file=str(vocab), merge_file=str(merges))  # type: ignore[arg-type]
     elif whole.is_file():
         own = TokenizerConfig(HFTokenizer.name, tokenizer_file=str(whole))  # type: ignore[arg-type]
-    flags = flags_over(flags, own)
+    given, flags = flags, flags_over(flags, own)
     if names_files(flags) and flags.eod_token is None:
         flags = replace(flags, eod_token=_end_of_text(directory, flags))
     vocabulary = named_vocabulary(flags) or sized(vocab_size)
     require_size(vocabulary, vocab_size, f"{directory / CONFIG} (vocab_size)")
+    if names_files(given) and names_files(own):
+        try:
+            tokens_of(own)
+        except UserError as error:
+            warn_unchecked(given, f"the model's own cannot be read ({error})")
+        else:
+            require_same_tokens(given, own, str(directory))
     return vocabulary
 
 
@@ -223,7 +254,7 @@ def _end_of_text(directory: Path, flags: TokenizerConfig) -> str | None:
         ids = ids if isinstance(ids, list) else [ids]
         if len(ids) > 1:
             raise UserError(f"{path}: eos_token_id: expected one token, found {ids}: name one with --eod-token")
-        if ids and type(ids[0]) is int and ids[0] >= 0 and (token := token_of(flags, ids[0])) is not None:
+        if ids and type(ids[0]) is int and ids[0] >= 0 and (token := tokens_of(flags).get(ids[0])) is not None:
             return token
     return None
 

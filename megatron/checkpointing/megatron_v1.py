@@ -47,6 +47,22 @@ _EMBEDDINGS = {
     "embedding.word_embeddings.weight": WORDS,
     "embedding.position_embeddings.weight": "position_embeddings.weight",
 }
+_PLAIN: dict[str, Any] = {
+    "apply_residual_connection_post_layernorm": False,
+    "apply_layernorm_1p": False,
+    "normalization": "LayerNorm",
+    "position_embedding_type": "learned_absolute",
+    "add_position_embedding": True,
+    "use_rotary_position_embeddings": False,
+    "squared_relu": False,
+    "swiglu": False,
+    "add_bias_linear": True,
+    "group_query_attention": False,
+    "untie_embeddings_and_output_weights": False,
+    "num_experts": None,
+    "window_size": None,
+}
+"""Arguments of later versions that change what is computed, each with its one value here, which is the default."""
 _CUT_ROWS = (WORDS, "attention.qkv.weight", "attention.qkv.bias", "mlp.up.weight", "mlp.up.bias")
 _CUT_COLUMNS = ("attention.output.weight", "mlp.down.weight")
 
@@ -99,6 +115,11 @@ def read_megatron(directory: Path, tokenizer: TokenizerConfig = NO_FLAGS) -> Wei
     if type(version) not in (int, float) or not (version in (0, 1) or 2 <= version <= 3):
         raise UserError(f"{paths[0]}: checkpoint_version: expected 0, 1.0, 2.0 or 3.0, found {version!r}")
     shares = [_by_our_names(rank, path) for rank, path in zip(ranks, paths, strict=True)]
+    for share, path in zip(shares, paths, strict=True):  # before a model of an absurd size is described
+        for name in (WORDS, f"blocks.{config.num_layers - 1}.attention_norm.weight"):
+            if name not in share:
+                raise UserError(f"{path}: expected the weights of {name}, found none")
+        require_shape(share[WORDS], (*share[WORDS].shape[:1], config.hidden_size), f"{path}: {WORDS}")
     tensors = {}
     for name, shape in parameter_shapes(config, vocabulary.size).items():
         for share, path in zip(shares, paths, strict=True):
@@ -181,11 +202,14 @@ def _config(content: Mapping[str, Any], ranks: int, path: Path) -> ModelConfig:
     ffn = arguments.get("ffn_hidden_size") or 4 * hidden
     if ffn != 4 * hidden:
         raise UserError(f"{path}: args.ffn_hidden_size: expected 4 x hidden_size = {4 * hidden}, found {ffn!r}")
-    for name in ("apply_residual_connection_post_layernorm", "apply_layernorm_1p"):
-        if arguments.get(name, False) is not False:
-            raise UserError(
-                f"{path}: args.{name}: expected False, found {arguments[name]!r}: only plain GPT-2 can be read"
-            )
+    for name, plain in _PLAIN.items():
+        if (found := arguments.get(name, plain)) != plain:
+            raise UserError(f"{path}: args.{name}: expected {plain!r}, found {found!r}: only plain GPT-2 can be read")
+    epsilon = arguments.get("layernorm_epsilon", 1e-5)
+    if type(epsilon) not in (int, float):
+        raise UserError(f"{path}: args.layernorm_epsilon: expected a number, found {epsilon!r}")
+    trained = arguments.get("seq_length")  # may be less than the positions
+    length = trained if type(trained) is int and 0 < trained < positions else positions
     if arguments.get("bias_gelu_fusion", True) is False and not arguments.get("openai_gelu", False):
         raise UserError(
             f"{path}: args.bias_gelu_fusion: expected True, found False: that is the exact GELU, not its tanh form"
@@ -197,10 +221,11 @@ def _config(content: Mapping[str, Any], ranks: int, path: Path) -> ModelConfig:
             num_layers=layers,
             hidden_size=hidden,
             num_attention_heads=heads,
-            seq_length=positions,
-            norm_epsilon=arguments.get("layernorm_epsilon", 1e-5),
+            seq_length=length,
+            max_position_embeddings=positions if positions > length else None,
+            norm_epsilon=epsilon,
         )
-    except (UserError, TypeError) as error:
+    except UserError as error:
         raise UserError(f"{path}: args: {error}") from error
 
 

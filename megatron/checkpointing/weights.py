@@ -5,9 +5,11 @@ Hugging Face's directories and Megatron-LM's checkpoints are read into the same 
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +17,18 @@ import torch
 from torch import Tensor
 
 import megatron
-from megatron.arguments import build_parser, parse_config, to_yaml
+from megatron.arguments import build_parser, parse_config, yaml_value
 from megatron.checkpointing.checkpoint import CONFIG, Checkpoint, find_whole, save_checkpoint
 from megatron.checkpointing.commit import CHECKPOINTS, checkpoints_in
 from megatron.checkpointing.tensors import read_tensors
-from megatron.config import Config, DataConfig, ModelConfig, TokenizerConfig, TrainingConfig
+from megatron.config import DataConfig, ModelConfig, TokenizerConfig
 from megatron.data.vocabulary import noted_vocabulary, prefixes_of, require_same_end
-from megatron.errors import UserError
+from megatron.errors import CommandLineError, UserError
 from megatron.files import explain
+from megatron.model.flops import parameter_count
 from megatron.model.gpt2 import GPT2Model
 from megatron.tokenizer.base import Tokenizer
-from megatron.tokenizer.build import named_tokenizer, names_files
+from megatron.tokenizer.build import first_difference, named_tokenizer, names_files
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PREFIX = "model."
@@ -75,7 +78,8 @@ def read_run(path: Path, tokenizer: TokenizerConfig = NO_FLAGS) -> Weights:
             documents with another token than the run's data.
     """
     checkpoint = find_weights(path)
-    config, _ = parse_config(build_parser(), ["--config", str(checkpoint.path / CONFIG)])
+    goal = [] if "progress" in checkpoint.state else ["--train-tokens", "1"]  # of weights alone the recipe has none
+    config, _ = parse_config(build_parser(), ["--config", str(checkpoint.path / CONFIG), *goal])
     tensors = read_named(checkpoint.path)
     noted = checkpoint.state.get("settings", {}).get("tokenizer")
     flags = flags_over(tokenizer, config.tokenizer)
@@ -86,9 +90,8 @@ def read_run(path: Path, tokenizer: TokenizerConfig = NO_FLAGS) -> Weights:
         raise UserError(f"{checkpoint.path}: expected the weights of a GPT-2, found none of {missing[0]}")
     if vocabulary.fingerprint != noted:
         require_size(vocabulary, _used_rows(tensors[WORDS]), f"{checkpoint.path}")
-    same_kind = given is not None and given.tokenizer and tokenizer.tokenizer_type == config.tokenizer.tokenizer_type
-    if given is not None and same_kind and noted and _FINGERPRINT.fullmatch(noted):
-        _require_trained_with(given, checkpoint.path, noted)
+    if given is not None and given.tokenizer is not None and noted is not None and _FINGERPRINT.fullmatch(noted):
+        _require_same_tokenizer(given, config.tokenizer, checkpoint.path, noted)
     if vocabulary.tokenizer is not None:
         require_same_end(vocabulary.tokenizer.eod, prefixes_of(config.data))
     shapes[WORDS] = (config.model.padded_vocab_size(vocabulary.size), config.model.hidden_size)
@@ -134,7 +137,8 @@ def named_vocabulary(flags: TokenizerConfig) -> Vocabulary | None:
     """
     tokenizer = named_tokenizer(flags)
     if tokenizer is not None:
-        return Vocabulary(tokenizer.vocab_size, tokenizer.eod, tokenizer.fingerprint, tokenizer, flags)
+        files = replace(flags, tokenizer_type=tokenizer.name)  # type: ignore[arg-type] # a name is one of its values
+        return Vocabulary(tokenizer.vocab_size, tokenizer.eod, tokenizer.fingerprint, tokenizer, files)
     if flags.vocab_size is not None:
         return sized(flags.vocab_size)
     return None
@@ -189,7 +193,6 @@ def save_weights(weights: Weights, home: Path) -> Path:
     """
     require_free(home)
     model, vocabulary = weights.config, weights.vocabulary
-    config = Config(model=model, training=TrainingConfig(train_tokens=1), tokenizer=vocabulary.files)
     settings = {
         "num_attention_heads": model.num_attention_heads,
         "norm_epsilon": model.norm_epsilon,
@@ -201,8 +204,24 @@ def save_weights(weights: Weights, home: Path) -> Path:
         iteration=0,
         tensors={PREFIX + name: tensor for name, tensor in weights.tensors.items()},
         state=state,
-        config_text=to_yaml(config),
+        config_text=_recipe(model, vocabulary.files),
     )
+
+
+def _recipe(model: ModelConfig, files: TokenizerConfig) -> str:
+    """The model's flags and its tokenizer's for --config, whose files are then found from anywhere.
+
+    There is no goal, batch or learning rate among them: they are of the run that goes on from the weights.
+    """
+    names = ("vocab_file", "merge_file", "tokenizer_file")
+    paths: dict[str, Any] = {
+        name: str(Path(path).absolute()) for name in names if (path := getattr(files, name)) is not None
+    }
+    lines = ["# The model of a checkpoint without a training; --config takes it."]
+    for section in (model, replace(files, **paths)):
+        values = {f.name: yaml_value(getattr(section, f.name)) for f in fields(section)}
+        lines += [f"{name.replace('_', '-')}: {text}" for name, text in values.items() if text is not None]
+    return "\n".join(lines) + "\n"
 
 
 def load_pickled(path: Path, what: str, known: Sequence[Any] = ()) -> Any:
@@ -228,7 +247,7 @@ def load_pickled(path: Path, what: str, known: Sequence[Any] = ()) -> Any:
 
 def describe(weights: Weights) -> str:
     """What `weights` are, in one line."""
-    config, values = weights.config, sum(tensor.numel() for tensor in weights.tensors.values())
+    config, values = weights.config, parameter_count(weights.config, weights.vocabulary.size)
     positions = "" if config.positions == config.seq_length else f" of {config.positions} positions"
     return (
         f"{config.num_layers} layers, hidden {config.hidden_size}, {config.num_attention_heads} heads, "
@@ -256,6 +275,13 @@ def require_free(output: Path) -> None:
     """Raise UserError where something stands under the name `output` already, other than an empty directory."""
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise UserError(f"--save {output} exists: choose another name, or move it away")
+
+
+def require_apart(flag: str, output: Path | None, inputs: Mapping[str, Path | None]) -> None:
+    """Raise CommandLineError where the `output` of `flag` is one of the files that other flags name to be read."""
+    for other, path in inputs.items():
+        if output is not None and path is not None and output.exists() and path.exists() and output.samefile(path):
+            raise CommandLineError(f"{flag} {output} would be written over {other} {path}: name another file")
 
 
 def require_size(vocabulary: Vocabulary, size: int, where: str) -> None:
@@ -291,6 +317,41 @@ def _require_trained_with(vocabulary: Vocabulary, path: Path, noted: str | None)
             f"{_flags(vocabulary.files)}: expected the tokenizer with the fingerprint {noted[:16]} that {path} was "
             f"trained with, found {vocabulary.fingerprint[:16]}; {ASK} that it was trained with"
         )
+
+
+def _require_same_tokenizer(given: Vocabulary, own: TokenizerConfig, path: Path, noted: str) -> None:
+    """Refuse files whose tokens are not those of the tokenizer, with the fingerprint `noted`, of the checkpoint `path`.
+
+    Files of another kind have another fingerprint, be they the same tokenizer: their tokens are compared with those of
+    the run's `own`, as far as these are there.
+    """
+    if given.fingerprint == noted:
+        return
+    try:
+        trained = named_vocabulary(own)
+    except UserError:
+        trained = None
+    if given.files.tokenizer_type == (own if trained is None else trained.files).tokenizer_type:
+        _require_trained_with(given, path, noted)
+    if trained is not None and trained.fingerprint == noted:
+        require_same_tokens(given.files, own, str(path))
+    else:
+        warn_unchecked(given.files, f"the one that {path} was trained with is of another kind or not at hand")
+
+
+def require_same_tokens(given: TokenizerConfig, own: TokenizerConfig, where: str) -> None:
+    """Raise UserError where the files `given` have another token for an id than the `own` ones of the model `where`."""
+    if difference := first_difference(given, own):
+        raise UserError(
+            f"{_flags(given)}: {difference}, as in the tokenizer of {where}: give the one that the model was trained "
+            "with"
+        )
+
+
+def warn_unchecked(files: TokenizerConfig, reason: str) -> None:
+    """Say, once for all ranks, that a tokenizer of the right size may be another one than the model's."""
+    if int(os.environ.get("RANK") or 0) == 0:
+        print(f"warning: {_flags(files)}: only its size could be checked: {reason}", file=sys.stderr)
 
 
 def _flags(files: TokenizerConfig) -> str:

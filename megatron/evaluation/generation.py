@@ -56,7 +56,9 @@ class Sampling:
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Of each token to be chosen, fp64: [rows, vocabulary] -> the same shape. Not for greedy."""
-        logits = logits.double() / self.temperature
+        logits = logits.double()
+        # The largest first becomes 0, so that a temperature near 0 leaves it and sends the others to -inf, not to nan.
+        logits = (logits - logits.amax(-1, keepdim=True)) / self.temperature
         if 0 < self.top_k < logits.shape[-1]:
             least = logits.topk(self.top_k).values[:, -1:]
             logits = logits.masked_fill(logits < least, -math.inf)
@@ -242,14 +244,20 @@ def _batches(prompts: Iterable[Prompt], num_samples: int, batch_size: int, one_b
 
 @contextmanager
 def output_stream(path: Path | None) -> Iterator[TextIO]:
-    """The file to write samples to, from its start, or standard output; in UTF-8, whatever the terminal's encoding is.
+    """A stream for samples, to the file `path` or standard output; in UTF-8, whatever the terminal's encoding is.
+
+    What stands in a file is replaced at the end of the block; until then, and where the block fails, what has been
+    written is in PATH.part beside it. A pipe or a device is written to as it is.
 
     Raises:
         UserError: where it cannot be written. (A reader of standard output may leave: BrokenPipeError.)
     """
+    beside = None if path is None or (path.exists() and not path.is_file()) else path.with_name(f"{path.name}.part")
     try:
-        with open(1 if path is None else path, "w", encoding="utf-8", closefd=path is not None) as stream:
+        with open(1 if path is None else beside or path, "w", encoding="utf-8", closefd=path is not None) as stream:
             yield stream
+        if beside is not None and path is not None:
+            beside.replace(path)
     except BrokenPipeError:
         raise
     except OSError as error:

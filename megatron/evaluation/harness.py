@@ -138,16 +138,17 @@ class MegatronSLW(TemplateLM):
     ) -> list[tuple[float, bool]]:
         """Of each continuation: its log-likelihood, and whether greedy decoding would write it.
 
-        Of a context that is too long the last tokens count.
+        Of a context that is too long the last tokens count; one without tokens, as of blanks, which the harness moves
+        to the continuation, is the end of text.
         """
         pieces = []
-        for request, context, continuation in requests:
+        for request, given, continuation in requests:
             if not 0 < len(continuation) <= self._seq_length:
                 raise self._world.fault(
                     f"a continuation of {len(continuation):,} tokens cannot be scored by a model of "
                     f"{self._seq_length:,}: {str(request)[:80]!r}"
                 )
-            tokens = [*context, *continuation]
+            tokens = [*(given or [self.eot_token_id]), *continuation]
             self.cut += len(tokens) > self._seq_length + 1
             pieces.append(Piece(np.array(tokens[-(self._seq_length + 1) :], dtype=np.int32), len(continuation)))
         if not pieces:

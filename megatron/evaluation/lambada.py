@@ -10,9 +10,8 @@ import numpy as np
 
 from megatron.errors import UserError
 from megatron.evaluation.scoring import Piece, Scores
-from megatron.files import file_errors
 from megatron.instability.summary import perplexity_of
-from megatron.tokenizer.base import Tokenizer
+from megatron.tokenizer.base import Tokenizer, read_definition
 
 
 @dataclass(frozen=True)
@@ -30,8 +29,7 @@ def read_lambada(path: Path) -> list[Example]:
     Raises:
         UserError: with file:line, for a line that is no such object; for a file that cannot be read or has none.
     """
-    with file_errors("read", path):
-        lines = path.read_bytes().split(b"\n")
+    lines = read_definition(path, "--valid-data").split(b"\n")
     examples = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():

@@ -28,6 +28,10 @@ class Piece:
     targets: int
     """How many: 1 to n - 1."""
 
+    def __post_init__(self) -> None:
+        if not 1 <= self.targets < len(self.tokens):
+            raise ValueError(f"{self.targets} targets of {len(self.tokens)} tokens: expected 1 to tokens - 1")
+
 
 @dataclass(frozen=True)
 class Scores:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron.console import format_count
+from megatron.counts import parse_count
 from megatron.instability.summary import Run, RunSummary, summarise
-from megatron.instability.tables import ABSENT, zeroshot_cells, zeroshot_footnotes
+from megatron.instability.tables import ABSENT, MARK, zeroshot_cells, zeroshot_footnotes
 from megatron.model.recipe_tables import PRINTED, read_paper_runs, read_printed_lines
 
 PRINTED_ZEROSHOT = "zeroshot.csv"
@@ -45,7 +47,8 @@ def read_printed(path: Path) -> list[Printed]:
 def table2(runs: Sequence[Run], recipes: Path) -> str:
     """A Markdown table with a row a run; without runs, all that the paper prints.
 
-    Under it a line for each run whose zero-shot numbers were not measured as the paper's were.
+    Under it a line for each run whose zero-shot numbers were not measured as the paper's were, that is of another
+    length than the paper's, or whose name is almost that of one of its runs.
 
     Args:
         runs: one that is called as a recipe, or as RECIPE@STEPS, gets the paper's figures for it.
@@ -59,7 +62,11 @@ def table2(runs: Sequence[Run], recipes: Path) -> str:
     rows = [["run", "in the paper", *(title for measure in _MEASURES for title in (measure, "printed"))]]
     summaries = [summarise(run) for run in runs]
     names = [run.name for run in runs] or list(printed)
-    measured = [_measured(summary) for summary in summaries] or [[ABSENT] * len(_MEASURES)] * len(printed)
+    steps = dict.fromkeys(printed, "")
+    steps |= {f"{recipe}@{at}" if at else recipe: cost[0] for (recipe, at), cost in costs.items()}
+    measured = [_measured(summary, steps.get(summary.name, "")) for summary in summaries] or [
+        [ABSENT] * len(_MEASURES)
+    ] * len(printed)
     for name, ours in zip(names, measured, strict=True):
         theirs = [""] * (1 + len(_MEASURES))
         if line := printed.get(name):
@@ -69,11 +76,34 @@ def table2(runs: Sequence[Run], recipes: Path) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     rows.insert(1, ["-" * width for width in widths])
     lines = (" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-    notes = zeroshot_footnotes(summaries)
+    notes = [*zeroshot_footnotes(summaries), *filter(None, (_doubt(summary, steps) for summary in summaries))]
     return "\n".join([*(f"| {line} |" for line in lines), *([""] if notes else []), *notes])
 
 
-def _measured(summary: RunSummary) -> list[str]:
-    """A run's own cells, in the order of _MEASURES; hours are those of training, without evaluation."""
+def _other_length(steps: int, printed: str) -> bool:
+    """Whether a run's steps are not those that the paper prints, rounded to a few digits; "" is no number."""
+    return printed != "" and abs(steps - parse_count(printed)) > 0.02 * parse_count(printed)
+
+
+def _doubt(summary: RunSummary, steps: Mapping[str, str]) -> str:
+    """What there is to say of a run's name and length, "" where nothing. `steps`: the paper's, by its runs' names."""
+    name, printed = summary.name, steps.get(summary.name)
+    if printed is not None:
+        other = _other_length(summary.steps, printed)
+        return f"{MARK} {name}: {summary.steps:,} steps, the paper's run has {printed}" if other else ""
+    recipe, _, at = name.partition("@")
+    if at and recipe in steps:
+        known = ", ".join(sorted(other for other in steps if other.startswith(f"{recipe}@")))
+        return f"{name}: the paper prints nothing of that step" + (f"; what it prints: {known}" if known else "")
+    near = difflib.get_close_matches(name, steps, n=1, cutoff=0.85)
+    return f"{name}: the paper has no run of that name; did you mean {near[0]}?" if near else ""
+
+
+def _measured(summary: RunSummary, printed: str) -> list[str]:
+    """A run's own cells, in the order of _MEASURES; hours are those of training, without evaluation.
+
+    `printed` are the steps of the paper's run of that name, "" without one.
+    """
+    mark = f" {MARK}" if _other_length(summary.steps, printed) else ""
     hours = ABSENT if summary.seconds is None else f"{summary.seconds / 3600:,.2f}"
-    return [f"{summary.steps:,}", format_count(summary.tokens), hours, *zeroshot_cells(summary)]
+    return [f"{summary.steps:,}{mark}", format_count(summary.tokens), hours, *zeroshot_cells(summary)]

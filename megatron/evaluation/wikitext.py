@@ -6,14 +6,15 @@ The file is taken whole as one stream of tokens, and each token but the first is
 
 from __future__ import annotations
 
+import json
 import re
+from itertools import islice
 from pathlib import Path
 
 from megatron.errors import UserError
 from megatron.evaluation.scoring import Piece, Scores
-from megatron.files import file_errors
 from megatron.instability.summary import perplexity_of
-from megatron.tokenizer.base import TokenIds, Tokenizer
+from megatron.tokenizer.base import TokenIds, Tokenizer, read_definition
 
 # WikiText's own spacing, undone in Megatron-LM's order. One of its rules, on "' " before a digit, is left out: the
 # slashes around its pattern, which other languages ask for, are part of it here, so that it applies to no text.
@@ -40,10 +41,9 @@ def read_wikitext(path: Path, tokenizer: Tokenizer) -> tuple[TokenIds, int]:
     """The tokens of a wiki.*.tokens, detokenised, [tokens]; and the number of words as the file has them.
 
     Raises:
-        UserError: for a file that cannot be read, is no UTF-8 text, or holds less than two words.
+        UserError: for a file that cannot be read, is no UTF-8 text, is JSON lines, or holds less than two words.
     """
-    with file_errors("read", path):
-        content = path.read_bytes()
+    content = read_definition(path, "--valid-data")
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -51,11 +51,23 @@ def read_wikitext(path: Path, tokenizer: Tokenizer) -> tuple[TokenIds, int]:
         raise UserError(f"--valid-data {path}:{line}: is not UTF-8 text; expected a wiki.test.tokens") from None
     if not text.strip():
         raise UserError(f"--valid-data {path}: is empty; expected a wiki.test.tokens")
+    first = list(islice((line for line in text.split("\n") if line.strip()), 3))
+    if all(_is_object(line) for line in first):
+        raise UserError(
+            f"--valid-data {path}: expected plain text, a wiki.test.tokens, found JSON lines: {first[0][:60]}"
+        )
     words = len(text.strip().split(" "))
     tokens = tokenizer.encode_array(detokenise(text))
     if words < 2 or len(tokens) < 2:
         raise UserError(f"--valid-data {path}: expected at least two words, found {text.strip()[:60]!r}")
     return tokens, words
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def windows(tokens: TokenIds, seq_length: int, stride: int) -> list[Piece]:

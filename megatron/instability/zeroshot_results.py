@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +48,16 @@ def read_results(path: Path) -> dict[str, dict[str, Any]]:
 def write_result(result: dict[str, Any], *, load: Path, output: Path | None) -> list[Path]:
     """Write a result to the file `output`, and into the zeroshot.json of `load` where that is a run; what was written.
 
-    There it takes the place of the one that its task had. Raises UserError.
+    There it takes the place of the one that its task had; evaluations that end together keep both results. Raises
+    UserError.
     """
     written = []
     if output is not None:
         write_atomic(output, _text(result))
         written.append(output)
     if (kept := kept_results(load)) is not None:
-        write_atomic(kept, _text(read_results(kept) | {result["task"]: result}))
+        with _locked(load):
+            write_atomic(kept, _text(read_results(kept) | {result["task"]: result}))
         written.append(kept)
     return written
 
@@ -60,6 +65,19 @@ def write_result(result: dict[str, Any], *, load: Path, output: Path | None) -> 
 def kept_results(load: Path) -> Path | None:
     """The zeroshot.json of the run that `load` is, whether there is one yet or not; None where it is no run."""
     return load / RESULTS_FILE if (load / CHECKPOINTS).is_dir() else None
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """One process at a time, where the file system can lock; where it cannot, as on some network's, without."""
+    with file_errors("read", directory):
+        descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _text(content: dict[str, Any]) -> str:

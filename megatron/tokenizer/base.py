@@ -61,7 +61,7 @@ def refuse_lone_surrogates(text: str) -> None:
 
 
 def read_definition(path: str | Path, flag: str) -> bytes:
-    """The bytes of a tokenizer's file; UserError that names `flag` where it cannot be read."""
+    """The bytes of the file that `flag` names; UserError that names both where it cannot be read."""
     try:
         return Path(path).read_bytes()
     except OSError as error:

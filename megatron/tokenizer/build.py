@@ -53,7 +53,7 @@ def add_tokenizer_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGr
     group.add_argument(
         "--tokenizer-type",
         choices=TOKENIZER_TYPES,
-        help=f"of the files that are given (default: {TokenizerConfig.tokenizer_type})",
+        help="of the files that are given (default: by the files)",
     )
     add_file_flags(group, f"what --load names, else {END_OF_TEXT}")
     return group
@@ -99,15 +99,25 @@ def named_tokenizer(flags: TokenizerConfig) -> Tokenizer | None:
     return None
 
 
-def token_of(flags: TokenizerConfig, index: int) -> str | None:
-    """The token with the id `index` in the files that `flags` name; None where there is none.
+def tokens_of(flags: TokenizerConfig) -> dict[int, str]:
+    """Id -> token, of the files that `flags` name. UserError for a file that is missing or broken."""
+    files = flags.vocab_file, flags.merge_file, flags.tokenizer_file
+    _require_files(_kind(flags.tokenizer_type, *files), *files)
+    whole = flags.tokenizer_file
+    ids = gpt2_bpe.ids_of(str(flags.vocab_file)) if whole is None else huggingface.ids_of(whole)
+    return {index: token for token, index in ids.items()}
 
-    UserError for a file that is missing or broken.
+
+def first_difference(given: TokenizerConfig, expected: TokenizerConfig) -> str | None:
+    """Where an id is another token's in the one's files than in the other's, of whatever kinds; None: nowhere.
+
+    UserError as of `tokens_of`.
     """
-    _require_files(flags.tokenizer_type, flags.vocab_file, flags.merge_file, flags.tokenizer_file)
-    if flags.tokenizer_file is not None:
-        return huggingface.token_of(flags.tokenizer_file, index)
-    return gpt2_bpe.token_of(str(flags.vocab_file), index)
+    found, tokens = tokens_of(given), tokens_of(expected)
+    for index in sorted(found.keys() & tokens.keys()):
+        if found[index] != tokens[index]:
+            return f"expected {tokens[index]!r} for the id {index}, found {found[index]!r}"
+    return None
 
 
 def build_tokenizer(
@@ -120,14 +130,28 @@ def build_tokenizer(
 ) -> Tokenizer:
     """Build the tokenizer that --tokenizer-type names; a document ends with `eod_token`, None: END_OF_TEXT.
 
+    A --tokenizer-file alone is an HFTokenizer's, whatever the default is.
+
     UserError names the flag that is missing or belongs to the other type, the file that cannot be read, or what is
     wrong in it.
     """
+    tokenizer_type = _kind(tokenizer_type, vocab_file, merge_file, tokenizer_file)
     _require_files(tokenizer_type, vocab_file, merge_file, tokenizer_file)
     end = END_OF_TEXT if eod_token is None else eod_token
     if tokenizer_file is not None:
         return HFTokenizer(tokenizer_file, eod_token=end)
     return GPT2BPETokenizer(str(vocab_file), str(merge_file), eod_token=end)
+
+
+def _kind(
+    tokenizer_type: str,
+    vocab_file: str | Path | None,
+    merge_file: str | Path | None,
+    tokenizer_file: str | Path | None,
+) -> str:
+    """The type, which a --tokenizer-file alone changes where it is the default: a Config does not say who chose it."""
+    alone = tokenizer_file is not None and vocab_file is None and merge_file is None
+    return HFTokenizer.name if alone and tokenizer_type == TokenizerConfig.tokenizer_type else tokenizer_type
 
 
 def _require_files(

@@ -135,10 +135,9 @@ class GPT2BPETokenizer:
             raise UserError(f"token id {error.args[0]} is not in the vocabulary of {self.vocab_size} tokens") from None
 
 
-def token_of(vocab_file: str | Path, index: int) -> str | None:
-    """The token with the id `index` in a vocab.json, None where there is none; UserError for a broken file."""
-    vocab = _parse_vocab(read_definition(vocab_file, "--vocab-file"), vocab_file)
-    return next((token for token, found in vocab.items() if found == index), None)
+def ids_of(vocab_file: str | Path) -> dict[str, int]:
+    """Token -> id of a vocab.json; UserError for a broken file."""
+    return _parse_vocab(read_definition(vocab_file, "--vocab-file"), vocab_file)
 
 
 def _parse_vocab(content: bytes, path: str | Path) -> dict[str, int]:

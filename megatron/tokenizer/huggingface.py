@@ -63,10 +63,11 @@ class HFTokenizer:
         return text
 
 
-def token_of(tokenizer_file: str | Path, index: int) -> str | None:
-    """The token with the id `index` in a tokenizer.json, None where there is none; UserError for a broken file."""
-    token: str | None = _parse(read_definition(tokenizer_file, "--tokenizer-file"), tokenizer_file).id_to_token(index)
-    return token
+def ids_of(tokenizer_file: str | Path) -> dict[str, int]:
+    """Token -> id of a tokenizer.json; UserError for a broken file."""
+    parsed = _parse(read_definition(tokenizer_file, "--tokenizer-file"), tokenizer_file)
+    ids: dict[str, int] = parsed.get_vocab(with_added_tokens=True)
+    return ids
 
 
 def _parse(content: bytes, path: str | Path) -> tokenizers.Tokenizer:

@@ -65,9 +65,13 @@ def find_checkpoint(config: CheckpointConfig, world: World, console: ProgressLin
     found = find_whole(directory, fallback=config.load_fallback, world=world, report=console.message)
     if found is None:
         if not continues(config):
-            raise world.fault(
-                f"--load {config.load}: no checkpoint found there; give the run's directory or drop --load"
-            )
+            advice = "give the run's directory or drop --load"
+            if Path(config.load, "config.json").is_file():
+                advice = (
+                    "it looks like a Hugging Face model: make a checkpoint of it first (tools/convert_checkpoint.py "
+                    f"--from hf --load {config.load} --save DIR), then --load DIR --finetune"
+                )
+            raise world.fault(f"--load {config.load}: no checkpoint found there; {advice}")
         console.message(f"--load {config.load}: no checkpoint yet, starting from scratch")
     return found
 
