@@ -68,7 +68,8 @@ def power_sum(tensors: list[Tensor], order: int) -> Tensor:
 
 
 def in_pieces(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
-    """The elements of all `tensors`, flat, in lists of as many as are worked on at a time: on a CPU they fit its cache."""
+    """The elements of all `tensors`, flat, in lists of as many as are worked on at a time: on a CPU, what its cache
+    holds."""
     limit = CPU_PIECE if tensors[0].device.type == "cpu" else GPU_PIECES
     group: list[Tensor] = []
     elements = 0

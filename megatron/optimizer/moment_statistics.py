@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from megatron.distributed.world import World
 from megatron.optimizer.adamw import in_pieces, local_parts, power_sum
