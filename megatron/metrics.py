@@ -1,4 +1,4 @@
-"""metrics.jsonl, one JSON object a line, and the same numbers as TensorBoard scalars.
+"""metrics.jsonl, one JSON object a line, and the same numbers for TensorBoard and W&B.
 
 A line is a step, or something else that its "event" names (validation, test). None (null) means not computed at that
 step. JSON has no NaN and no infinity: they are written as the strings "nan", "inf" and "-inf", which
@@ -10,28 +10,25 @@ from __future__ import annotations
 import json
 import math
 import os
-import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from megatron.errors import UserError
 from megatron.files import file_errors
+from megatron.tensorboard_sink import WRITE, TensorBoard
 
 METRICS_FILE = "metrics.jsonl"
-WRITE = "write the run's log"
-"""What cannot be done, in a message."""
-BY_TOKENS = "by_tokens"
-"""Directory, below TensorBoard's, of the same scalars with tokens in place of iterations on the x-axis."""
 
 TENSORBOARD_SECONDS = 0.02
 """Steps reach TensorBoard at most this often: a step costs 0.4 ms there (its checksums are pure Python), and it shows a
 sample of 1000 points a curve anyway. metrics.jsonl has every step."""
-FLUSH_SECONDS = 30.0
-"""How long TensorBoard's files may lag behind."""
+WANDB_SECONDS = 0.1
+"""The same for W&B, which takes a millisecond and sends every line over the network."""
 
 STEP_TAGS = {
     "loss": "loss/training",
@@ -50,11 +47,33 @@ STEP_TAGS = {
     "tokens_per_second": "speed/tokens_per_second",
     "seconds": "speed/seconds",
 }
-"""Field of a step -> TensorBoard tag, grouped as the paper's figures are."""
+"""Field of a step -> its name in TensorBoard and W&B, grouped as the paper's figures are."""
+
+
+class Sink(Protocol):
+    """A place for scalars beside metrics.jsonl."""
+
+    def log(self, entry: Mapping[str, Any], scalars: Mapping[str, float | None]) -> None:
+        """Write the scalars that are not None, at the entry's `iteration` and `consumed_tokens`."""
+
+    def hide_beyond(self, iteration: int, tokens: int) -> None:
+        """Hear that the run goes on from here, and that what was written beyond is void."""
+
+    def close(self, *, failed: bool = False) -> None:
+        """Write out what is held back; `failed`: an exception ends the run."""
+
+
+@dataclass
+class _Paced:
+    """A sink, and when it may take the next step."""
+
+    sink: Sink
+    seconds: float
+    last: float = -math.inf
 
 
 class MetricsLogger:
-    """Appends to a run's metrics.jsonl and to its TensorBoard events.
+    """Appends to a run's metrics.jsonl, and to its TensorBoard events and its W&B run where it has them.
 
     A line is one write to a file opened for appending: kill -9 leaves at most a partial last line, which readers pass
     over and `truncate_to` removes. On ranks other than 0 give `directory=None, tensorboard=False`: it then does
@@ -62,40 +81,47 @@ class MetricsLogger:
     """
 
     def __init__(
-        self, directory: Path | None, *, tensorboard: bool = False, tensorboard_dir: Path | str | None = None
+        self,
+        directory: Path | None,
+        *,
+        tensorboard: bool = False,
+        tensorboard_dir: Path | str | None = None,
+        wandb: Sink | None = None,
     ) -> None:
         """Open `directory`/metrics.jsonl for appending (made where missing; None: no file).
 
-        TensorBoard events go to `tensorboard_dir`, by default `directory`/tensorboard. Raises UserError if the
-        directory cannot be written or TensorBoard is asked for and not installed.
+        TensorBoard events go to `tensorboard_dir`, by default `directory`/tensorboard; `wandb` is what
+        `wandb_sink.open_wandb` returns. Raises UserError if the directory cannot be written or TensorBoard is asked for
+        and not installed.
         """
         self._path = None if directory is None else Path(directory) / METRICS_FILE
         self._file: int | None = None
         self._open()
         if tensorboard_dir is None and directory is not None:
             tensorboard_dir = Path(directory) / "tensorboard"
-        self._tensorboard: _TensorBoard | None = None
-        self._tensorboard_time = -math.inf
+        self._sinks = [] if wandb is None else [_Paced(wandb, WANDB_SECONDS)]
         if tensorboard and tensorboard_dir is not None:
-            self._tensorboard = _TensorBoard(Path(tensorboard_dir))
+            self._sinks.append(_Paced(TensorBoard(Path(tensorboard_dir)), TENSORBOARD_SECONDS))
 
     def log_step(self, step: Mapping[str, Any]) -> None:
-        """Write one optimizer step; needs at least `iteration`, and `consumed_tokens` for TensorBoard."""
+        """Write one optimizer step; needs at least `iteration`, and `consumed_tokens` for TensorBoard and W&B."""
         self._write(step)
         now = time.monotonic()
-        if self._tensorboard is not None and now - self._tensorboard_time >= TENSORBOARD_SECONDS:
-            self._tensorboard_time = now
+        due = [paced for paced in self._sinks if now - paced.last >= paced.seconds]
+        if due:
             scalars = {tag: step.get(name) for name, tag in STEP_TAGS.items()}
             scalars |= _by_position("loss_by_position/training", step)
-            self._tensorboard.log(step, scalars)
+            for paced in due:
+                paced.last = now
+                paced.sink.log(step, scalars)
 
     def log_validation(self, entry: Mapping[str, Any], *, event: str = "validation") -> None:
         """Write one evaluation (`loss`, `perplexity`, `loss_by_position`, ...); `event` may also be test."""
         self._write({"event": event, **entry})
-        if self._tensorboard is not None:
-            scalars = {f"loss/{event}": entry.get("loss"), f"loss/{event}_perplexity": entry.get("perplexity")}
-            scalars |= _by_position(f"loss_by_position/{event}", entry)
-            self._tensorboard.log(entry, scalars)
+        scalars = {f"loss/{event}": entry.get("loss"), f"loss/{event}_perplexity": entry.get("perplexity")}
+        scalars |= _by_position(f"loss_by_position/{event}", entry)
+        for paced in self._sinks:
+            paced.sink.log(entry, scalars)
 
     def log_event(self, entry: Mapping[str, Any], *, event: str) -> None:
         """Write something that happened (spike, rollback) to metrics.jsonl."""
@@ -131,8 +157,8 @@ class MetricsLogger:
             finally:
                 temporary.unlink(missing_ok=True)
             self._open()
-        if self._tensorboard is not None:
-            self._tensorboard.hide_beyond(iteration, tokens)
+        for paced in self._sinks:
+            paced.sink.hide_beyond(iteration, tokens)
 
     def close_file(self) -> None:
         """Close metrics.jsonl."""
@@ -140,12 +166,13 @@ class MetricsLogger:
             os.close(self._file)
             self._file = None
 
-    def close(self) -> None:
-        """Close the file and write out TensorBoard's last events."""
+    def close(self, *, failed: bool = False) -> None:
+        """Close the file and write out what TensorBoard and W&B have not yet; `failed`: an exception ends the run."""
         self.close_file()
-        tensorboard, self._tensorboard = self._tensorboard, None
-        if tensorboard is not None:
-            tensorboard.close()
+        sinks, self._sinks = self._sinks, []
+        with ExitStack() as closing:
+            for paced in sinks:
+                closing.callback(paced.sink.close, failed=failed)
 
     def __enter__(self) -> MetricsLogger:
         return self
@@ -154,7 +181,7 @@ class MetricsLogger:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         try:
-            self.close()
+            self.close(failed=error is not None)
         except UserError:
             if error is None:  # what ended the run comes first
                 raise
@@ -193,16 +220,21 @@ def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         for number, data in enumerate(file, start=1):
             if not data.endswith(b"\n"):
                 return
-            try:
-                line = data.decode().rstrip("\r\n")
-                entry = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{path}:{number}: not a JSON object ({error}); remove the line to go on") from error
-            if not isinstance(entry, dict) or type(entry.get("iteration")) is not int:
-                raise UserError(f"{path}:{number}: expected an object with an integer iteration, found {line[:60]!r}")
-            if not isinstance(entry.get("event", ""), str):
-                raise UserError(f"{path}:{number}: expected the name of an event, found {line[:60]!r}")
-            yield line, entry
+            yield parse_line(data, f"{path}:{number}")
+
+
+def parse_line(data: bytes, where: str) -> tuple[str, dict[str, Any]]:
+    """A whole line of a metrics.jsonl as (its text, its object); `where`, file and line, begins the UserError."""
+    try:
+        line = data.decode().rstrip("\r\n")
+        entry = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not a JSON object ({error}); remove the line to go on") from error
+    if not isinstance(entry, dict) or type(entry.get("iteration")) is not int:
+        raise UserError(f"{where}: expected an object with an integer iteration, found {line[:60]!r}")
+    if not isinstance(entry.get("event", ""), str):
+        raise UserError(f"{where}: expected the name of an event, found {line[:60]!r}")
+    return line, entry
 
 
 def json_safe(value: Any) -> Any:
@@ -225,62 +257,3 @@ def _plain(value: Any) -> Any:
 
 def _by_position(prefix: str, entry: Mapping[str, Any]) -> dict[str, float]:
     return {f"{prefix}/{name}": loss for name, loss in (entry.get("loss_by_position") or {}).items()}
-
-
-class _TensorBoard:
-    """Scalars by iteration, and by tokens in a directory below: one event a step, so a scalar costs little.
-
-    Two directories because a resume hides what lies beyond one x-value of a directory, and tokens are not iterations.
-    TensorBoard's own EventFileWriter is not used: its thread prints a traceback where the disk is full.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        try:  # imported only when asked for: it costs most of a second
-            from tensorboard.compat.proto import event_pb2, summary_pb2  # noqa: PLC0415
-            from tensorboard.summary.writer.record_writer import RecordWriter  # noqa: PLC0415
-        except ImportError as error:
-            raise UserError(
-                "--tensorboard needs the tensorboard package, which is not installed: "
-                "pip install tensorboard, or give --no-tensorboard"
-            ) from error
-        self._events, self._summaries = event_pb2, summary_pb2
-        self._directory = directory
-        self._flushed = -math.inf
-        # TensorBoard reads files in the order of their names.
-        name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
-        with file_errors(WRITE, directory):
-            (directory / BY_TOKENS).mkdir(parents=True, exist_ok=True)
-            self._files = [(path / name).open("xb") for path in (directory, directory / BY_TOKENS)]
-        self._writers = [RecordWriter(file) for file in self._files]
-        self._write([event_pb2.Event(file_version="brain.Event:2")] * 2)
-
-    def log(self, entry: Mapping[str, Any], scalars: Mapping[str, float | None]) -> None:
-        """Write the scalars that are not None, at the entry's iteration and at its tokens."""
-        value = self._summaries.Summary.Value
-        values = [value(tag=tag, simple_value=float(x)) for tag, x in scalars.items() if x is not None]
-        summary = self._summaries.Summary(value=values)
-        steps = (int(entry.get(field) or 0) for field in ("iteration", "consumed_tokens"))
-        self._write([self._events.Event(step=step, summary=summary) for step in steps])
-
-    def hide_beyond(self, iteration: int, tokens: int) -> None:
-        """Tell TensorBoard to drop what an earlier process wrote beyond this point."""
-        start = self._events.SessionLog(status=self._events.SessionLog.START)
-        self._write([self._events.Event(step=last + 1, session_log=start) for last in (iteration, tokens)])
-
-    def close(self) -> None:
-        """Write out what is held back. Raises UserError."""
-        with file_errors(WRITE, self._directory), ExitStack() as files:
-            for file in self._files:
-                files.callback(file.close)
-
-    def _write(self, events: list[Any]) -> None:
-        """One event to each file; every FLUSH_SECONDS others can see them. Raises UserError."""
-        now = time.monotonic()
-        with file_errors(WRITE, self._directory):
-            for writer, event in zip(self._writers, events, strict=True):
-                event.wall_time = time.time()
-                writer.write(event.SerializeToString())
-            if now - self._flushed >= FLUSH_SECONDS:
-                self._flushed = now
-                for writer in self._writers:
-                    writer.flush()

@@ -6,6 +6,7 @@ import builtins
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -138,8 +139,14 @@ def test_other_ranks_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_tensorboard_by_iteration_and_by_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def read_events(directory: Path) -> Any:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(str(directory))
+    events.Reload()
+    return events
+
+
+def test_tensorboard_by_iteration_and_by_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "TENSORBOARD_SECONDS", 0.0)
     step = {"loss": 2.5, "seqlen": 8, "lr": None, "loss_by_position": {"0-7": 2.5}}
     for resumed_at, last in ((0, 6), (4, 5)):
@@ -148,20 +155,41 @@ def test_tensorboard_by_iteration_and_by_tokens(tmp_path: Path, monkeypatch: pyt
             for iteration in range(resumed_at + 1, last + 1):
                 logger.log_step({"iteration": iteration, "consumed_tokens": 64 * iteration, **step})
             logger.log_validation({"iteration": last, "consumed_tokens": 64 * last, "loss": 3.0})
-
-    def read(directory: Path) -> Any:
-        events = accumulator.EventAccumulator(str(directory))
-        events.Reload()
-        return events
-
-    by_iteration = read(tmp_path / "tensorboard")
-    by_tokens = read(tmp_path / "tensorboard" / "by_tokens")
-    assert set(by_iteration.Tags()["scalars"]) == {
-        *("loss/training", "loss/validation", "slw/seqlen", "loss_by_position/training/0-7"),
-    }
+    by_iteration = read_events(tmp_path / "tensorboard")
+    by_tokens = read_events(tmp_path / "tensorboard" / "by_tokens")
+    tags = {"loss/training", "loss/validation", "slw/seqlen", "loss_by_position/training/0-7"}
+    assert set(by_iteration.Tags()["scalars"]) == tags
+    assert set(by_tokens.Tags()["scalars"]) == {f"{tag}_by_tokens" for tag in tags}
     assert [s.step for s in by_iteration.Scalars("loss/training")] == [1, 2, 3, 4, 5]
-    assert [s.step for s in by_tokens.Scalars("loss/training")] == [64, 128, 192, 256, 320]
-    assert by_tokens.Scalars("loss/validation")[-1].value == 3.0
+    assert [s.step for s in by_tokens.Scalars("loss/training_by_tokens")] == [64, 128, 192, 256, 320]
+    assert by_tokens.Scalars("loss/validation_by_tokens")[-1].value == 3.0
+
+
+def test_every_chart_of_the_tensorboard_layout_has_its_curves_by_steps_and_by_tokens(tmp_path: Path) -> None:
+    layout_pb2 = pytest.importorskip("tensorboard.plugins.custom_scalar.layout_pb2")
+    place = {"iteration": 3, "consumed_tokens": 192}
+    with MetricsLogger(None, tensorboard=True, tensorboard_dir=tmp_path) as logger:
+        logger.truncate_to(0)
+        logger.log_step(place | dict.fromkeys(metrics.STEP_TAGS, 1.0))
+        logger.log_validation(place | {"loss": 3.0, "perplexity": 20.0})
+    by_iteration = read_events(tmp_path)
+    written = by_iteration.Tags()["scalars"] + read_events(tmp_path / "by_tokens").Tags()["scalars"]
+    (event,) = by_iteration.Tensors("custom_scalars__config__")
+    assert by_iteration.SummaryMetadata("custom_scalars__config__").plugin_data.plugin_name == "custom_scalars"
+    charts = [
+        chart
+        for category in layout_pb2.Layout.FromString(event.tensor_proto.string_val[0]).category
+        for chart in category.chart
+    ]
+    shown = {
+        chart.title: [[tag for tag in written if re.search(pattern, tag)] for pattern in chart.multiline.tag]
+        for chart in charts
+    }
+    assert shown["training loss by steps"] == [["loss/training"]]
+    assert shown["training loss by tokens"] == [["loss/training_by_tokens"]]
+    assert shown["norm by tokens"] == [["gradient/norm_by_tokens"]]  # the last of that name
+    assert {len(tags) for found in shown.values() for tags in found} == {1}
+    assert len(charts) == len({(*chart.multiline.tag,) for chart in charts}) >= 20
 
 
 def test_full_disk_for_tensorboard_is_a_user_error_and_comes_after_what_ended_the_run(tmp_path: Path) -> None:

@@ -133,7 +133,7 @@ def read_run(directory: Path | str, *, name: str | None = None) -> Run:
         _columns(path, validations),
         path,
         _columns(path, tests),
-        _state(path),
+        read_state(path),
         read_results(path.with_name(RESULTS_FILE)),
     )
 
@@ -360,7 +360,8 @@ def _wall_time(run: Run) -> float | None:
     return max(times) if times else None
 
 
-def _state(log: Path) -> RunState:
+def read_state(log: Path) -> RunState:
+    """What exit.json beside the log `log` says of the run; without one it has not ended in order."""
     path = log.with_name(EXIT_FILE)
     with file_errors("read", path):
         if not path.exists():

@@ -140,3 +140,9 @@ def sample_steps(config: Config, iterations: int, rows: int) -> list[tuple[Progr
     """About `rows` steps spread evenly over the first `iterations`, the first and the last among them."""
     wanted = {round(row * (iterations - 1) / max(rows - 1, 1)) for row in range(rows)}
     return [(replace(before), step) for before, step in walk(config, iterations) if before.iteration in wanted]
+
+
+def target_tokens(config: Config) -> int:
+    """Tokens trained on at the end of the run, as the limit in tokens or the plan says."""
+    ends = config.training.ends()
+    return ends[0].value if [end.unit for end in ends] == ["tokens"] else plan_run(config).progress.consumed_tokens

@@ -12,14 +12,6 @@ from megatron.progress import Progress
 from megatron.training.home import layout_name
 
 
-def target_tokens(config: Config) -> int | None:
-    """Tokens at the end of the run, where a limit in tokens or the plan says it."""
-    limit = config.training.train_tokens
-    if limit is not None and config.training.train_iters is None and config.training.train_samples is None:
-        return limit
-    return plan_run(config).progress.consumed_tokens
-
-
 def warnings(config: Config) -> list[str]:
     """What a user may not have meant."""
     notes = []

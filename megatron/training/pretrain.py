@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from pathlib import Path
 
+from megatron.arguments import flat
 from megatron.checkpointing.commit import CHECKPOINTS
 from megatron.checkpointing.saver import Saver
 from megatron.config import Config
@@ -20,7 +21,8 @@ from megatron.distributed.world import World
 from megatron.errors import EXIT_FINISHED, UserError
 from megatron.metrics import MetricsLogger
 from megatron.model.initialisation import initialise
-from megatron.training.description import describe, target_tokens
+from megatron.pacing.plan import target_tokens
+from megatron.training.description import describe
 from megatron.training.home import (
     check_homes,
     find_checkpoint,
@@ -38,6 +40,7 @@ from megatron.training.setup import (
 from megatron.training.state import guarded_settings
 from megatron.training.step import ForwardStep
 from megatron.training.stop import StopRequest
+from megatron.wandb_sink import open_wandb
 
 
 def pretrain(config: Config, model_provider: ModelProvider, forward_step: ForwardStep) -> int:
@@ -90,6 +93,7 @@ def _pretrain(
                 home,
                 tensorboard=log.tensorboard and world.is_main,
                 tensorboard_dir=log.tensorboard_dir,
+                wandb=open_wandb(log, home, flat(config), console.message) if world.is_main else None,
             ) as metrics,
             SampleLoader(datasets.train, config.data.num_workers) as loader,
             Saver(
