@@ -1,9 +1,13 @@
-"""The compiled helper of the sample index: built where a compiler and pybind11 are there, left out elsewhere.
+"""What pyproject.toml cannot say: where the wheel's packages stand in the tree, and the compiled helper.
 
-Everything works without it, with the same results. The rest of the installation is in pyproject.toml.
+The wheel has one package, `megatron`, and one module, `pretrain_gpt2`: `tools/` and `recipes/` become a part of the
+package, since top-level packages of such names would meet those of others in an environment.
+
+The helper of the sample index is built where a compiler and pybind11 are there, and left out elsewhere. Everything
+works without it, with the same results.
 """
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 try:
     from pybind11.setup_helpers import Pybind11Extension
@@ -14,4 +18,9 @@ else:
         Pybind11Extension("megatron.data._sample_index", ["megatron/data/sample_index.cpp"], cxx_std=17, optional=True)
     ]
 
-setup(ext_modules=extensions)
+setup(
+    packages=[*find_packages(include=["megatron", "megatron.*"]), "megatron.tools", "megatron.recipes"],
+    package_dir={"megatron.tools": "tools", "megatron.recipes": "recipes"},
+    py_modules=["pretrain_gpt2"],
+    ext_modules=extensions,
+)

@@ -453,6 +453,9 @@ class ParallelConfig:
     """What data parallel ranks share out: 0 nothing, 2 optimizer state and gradients, 3 the weights too."""
     data_parallel_shard_size: int | None = None
     """Hybrid sharding: share out over so many neighbouring ranks, a node's say, and replicate over the rest."""
+    grad_reduce_in_bf16: bool = False
+    """Reduce gradients over data parallel ranks in bf16: half the bytes, and sums of 8 bits. A rank adds up its
+    micro-batches in fp32 all the same."""
     optimizer_cpu_offload: bool = False
     """Keep weights and optimizer state in the host's memory, and step there (GPU)."""
     distributed_timeout_minutes: float = 10.0
@@ -727,9 +730,22 @@ class LoggingConfig:
     """Write TensorBoard events to SAVE/tensorboard."""
     tensorboard_dir: str | None = None
     """Another place for TensorBoard events."""
+    wandb_project: str | None = None
+    """Send the same numbers to this project of Weights & Biases (the extra [wandb]); a resume goes on with its run."""
+    wandb_entity: str | None = None
+    """The user or team that the project belongs to, where it is not W&B's default for you."""
+    wandb_name: str | None = None
+    """What W&B calls the run; by default the last part of --save."""
+    wandb_mode: Literal["online", "offline"] | None = None
+    """offline: only write files below SAVE/wandb, which `wandb sync` can send later; by default as WANDB_MODE says."""
 
     def __post_init__(self) -> None:
         require(self.log_interval >= 1, f"--log-interval {self.log_interval} must be at least 1")
+        for name in ("wandb_entity", "wandb_name", "wandb_mode"):
+            require(
+                self.wandb_project is not None or getattr(self, name) is None,
+                f"--{name.replace('_', '-')} {getattr(self, name)} needs --wandb-project NAME, which turns W&B on",
+            )
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,12 @@ from typing import NoReturn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from the source tree, installed or not
 
 from megatron.arguments import Parser, build_parser, field_docs, parse_config
+from megatron.cli import find
 from megatron.errors import EXIT_FINISHED, EXIT_STOPPED, UserError, run
 from megatron.instability.trials import Tuner
 from megatron.instability.tuning import Criterion, SearchOptions
 
-PROGRAM = Path(__file__).resolve().parents[1] / "pretrain_gpt2.py"
+PROGRAM = find("pretrain_gpt2.py")
 
 
 def build_tuner_parser() -> Parser:
