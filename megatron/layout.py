@@ -39,7 +39,8 @@ def layout_of(config: Config, world_size: int) -> Layout:
     """The layout of `world_size` ranks.
 
     Raises:
-        UserError: where tp does not divide the ranks, or the data parallel ranks do not divide the batch.
+        UserError: where tp does not divide the ranks, the data parallel ranks do not divide the batch, or a setting for
+            several of them has no effect on a single one.
     """
     parallel, batch = config.parallel, config.training.global_batch_size
     tp = parallel.tensor_model_parallel_size
@@ -49,6 +50,11 @@ def layout_of(config: Config, world_size: int) -> Layout:
         "--nnodes times --nproc-per-node)",
     )
     dp = world_size // tp
+    require(
+        not parallel.grad_reduce_in_bf16 or dp > 1,
+        f"--grad-reduce-in-bf16 has no effect on a single data parallel rank (ranks {world_size}, tp {tp}), whose "
+        "gradients are sent to no other: drop it, or start more ranks",
+    )
     require(
         batch >= dp,
         f"there are more data parallel ranks ({dp}) than sequences in a step: raise --global-batch-size {batch}, "

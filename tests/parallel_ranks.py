@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,6 +53,7 @@ class Case(NamedTuple):
     recompute: str = "none"
     shard: int | None = None
     masks: bool = False
+    bf16_reduction: bool = False
 
     def __str__(self) -> str:
         return " ".join(f"{name}={value}" for name, value in self._asdict().items())
@@ -81,7 +84,7 @@ def config_of(case: Case, **training: Any) -> Config:
         ),
         parallel=ParallelConfig(
             tensor_model_parallel_size=case.tp, zero_stage=case.zero, sequence_parallel=case.sequence_parallel,
-            data_parallel_shard_size=case.shard,
+            data_parallel_shard_size=case.shard, grad_reduce_in_bf16=case.bf16_reduction,
         ),
         optimizer=OptimizerConfig(clip_grad=0.5),
     )  # fmt: skip
@@ -229,11 +232,46 @@ def overflow(case: Case, rank: int, ranks: int) -> list[list[Any]]:
     return world.gather(seen)
 
 
+def _add_size(size: Tensor, gradient: Tensor) -> None:
+    size += gradient.abs()
+
+
+def reduced(case: Case, rank: int, ranks: int) -> dict[str, float]:
+    """The gradients of a step of several micro-batches, against the ranks' own, which rank by rank never meet a
+    collective, and added up here in fp64.
+
+    `error` is the largest one in units of what `ranks` roundings to bf16 may do to the absolute values that are summed,
+    2^-8 of them each, and rounding in fp32. Shares of the values: those `changed` from what a reduction in fp32 gives,
+    and those `short` enough for bf16.
+    """
+    config = config_of(case)
+    config = replace(config, optimizer=replace(config.optimizer, clip_grad=0.0))
+    exact = replace(config, parallel=replace(config.parallel, grad_reduce_in_bf16=False))
+    world = world_of(config, rank, ranks)
+    own = Training(exact, replace(world, mesh=None))
+    sizes = [torch.zeros_like(parameter) for parameter in own.state.model.parameters()]
+    for parameter, size in zip(own.state.model.parameters(), sizes, strict=True):
+        parameter.register_hook(partial(_add_size, size))
+    trainings = (Training(config, world), Training(exact, world), own)
+    for training in trainings:
+        training.run(0, LENGTH, case.masks)
+    found, in_fp32, parts = (torch.cat([g.flatten() for g in t.gradients.values()]) for t in trainings)
+    # Stage 3 rounds every micro-batch, stages 0 and 2 their sum.
+    size = torch.cat([s.flatten() for s in sizes]) if case.zero == 3 else parts.abs()
+    expected, size = world.sum(parts.double()), world.sum(size.double())
+    limit = ranks * 2**-8 * size + 1e-6 * expected.abs().max()
+    dtypes = {tensor.dtype for state in trainings[0].state.optimizer.state.values() for tensor in state.values()}
+    return {
+        "error": float(((found - expected).abs() / limit).max()),
+        "changed": float((found != in_fp32).double().mean()),
+        "short": float((found == found.bfloat16()).double().mean()),
+        "all_fp32": dtypes == {torch.float32} and found.dtype == torch.float32,
+    }
+
+
 def dropout(case: Case, rank: int, ranks: int) -> list[list[Any]]:
     """Of every rank: digests of dropout's masks, as sums over the hidden states of a first block (outside the parallel
     layers) and over its heads (inside); and whether a model that evaluates leaves the generator alone."""
-    from dataclasses import replace
-
     from megatron.training.setup import seed_generators
 
     config = config_of(case)
@@ -284,12 +322,20 @@ def cases(ranks: int, *, every: bool) -> list[Case]:
     ]  # fmt: skip
 
 
+REDUCED = {
+    2: [Case(zero=0), Case(zero=2), Case(zero=3)],
+    4: [Case(zero=0), Case(zero=2, shard=2), Case(zero=3, shard=2)],
+}
+"""Ranks -> layouts: of two axes at stage 0 and under hybrid sharding, of one else."""
+
 PARTS = {
     "pairs": lambda ranks: [(compare, case) for case in cases(ranks, every=False)],
     "every": lambda ranks: [(compare, case) for case in cases(ranks, every=True)],
     "compiled": lambda ranks: [(compiled, Case(2, 3)), (compiled, Case(2, 2, True, "selective"))],
+    "reduced": lambda ranks: [(reduced, case._replace(bf16_reduction=True)) for case in REDUCED[ranks]],
     "faults": lambda ranks: [
-        (overflow, Case(2, 2)), (overflow, Case(1, 3)), (dropout, Case(2, 2)), (dropout, Case(2, 2, True)),
+        (overflow, Case(2, 2)), (overflow, Case(1, 3)), (overflow, Case(1, 2, bf16_reduction=True)),
+        (dropout, Case(2, 2)), (dropout, Case(2, 2, True)),
     ],
 }  # fmt: skip
 

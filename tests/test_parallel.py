@@ -70,6 +70,18 @@ def test_compiled_with_any_length_a_model_is_whole_graphs_and_few():
         assert 1 <= seen["graphs"] <= 3, case
 
 
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_reduction_in_bf16_rounds_what_is_sent_and_nothing_else(ranks):
+    found = run("reduced", ranks)
+    assert len(found) == 3
+    for case, seen in found.items():
+        assert seen["error"] <= 1, case
+        assert seen["changed"] > 0.9, case
+        assert seen["all_fp32"], case
+        # Stage 3 adds up reduced micro-batches, which takes more digits than any of them has.
+        assert seen["short"] < 0.9 if "zero=3" in case else seen["short"] == 1, case
+
+
 @pytest.fixture(scope="module")
 def faults() -> dict[str, Any]:
     return run("faults", 4)
@@ -77,7 +89,7 @@ def faults() -> dict[str, Any]:
 
 def test_an_infinite_gradient_on_one_rank_is_skipped_on_all(faults):
     cases = [ranks for case, ranks in faults.items() if case.startswith("overflow")]
-    assert len(cases) == 2
+    assert len(cases) == 3
     for ranks in cases:
         assert all(rank == ranks[0] for rank in ranks)
         before, poisoned, after = ranks[0]

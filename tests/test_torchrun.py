@@ -135,14 +135,15 @@ def test_what_one_layout_saved_any_other_continues(corpus, alone, stopped, tmp_p
 
 
 def test_the_same_layout_continues_bit_for_bit(corpus, tmp_path):
-    """With dropout, over --async-save, against a run that was not stopped; which equals no other seed's."""
+    """With dropout and a reduction in bf16, over --async-save, against a run that was not stopped."""
     flags = ["--tensor-model-parallel-size", "2", "--hidden-dropout", "0.1", "--attention-dropout", "0.1"]
-    flags += ["--async-save", "--save-interval", "4"]
+    flags += ["--grad-reduce-in-bf16", "--async-save", "--save-interval", "4"]
     straight, cut = tmp_path / "straight", tmp_path / "cut"
     assert torchrun(corpus, straight, 4, *flags).returncode == 0
     assert torchrun(corpus, cut, 4, *flags, "--exit-interval", "6").returncode == 0
     result = torchrun(corpus, cut, 4, *flags, "--load", str(cut))
     assert result.returncode == 0, result.stderr
+    assert "dp 2 x tp 2, ZeRO 2, gradients reduced in bf16" in result.stdout
     assert log_of(cut) == log_of(straight)
     assert sorted(p.name for p in (cut / "checkpoints").glob("iter_*")) == [
         f"iter_{i:07d}" for i in (4, 6, 8, 12, 14)
@@ -218,6 +219,8 @@ def test_a_rank_that_hangs_is_named(corpus, tmp_path):
         (2, ["--tensor-model-parallel-size", "3"], "must divide --num-attention-heads 4: use 1, 2, 4"),
         (2, ["--tensor-model-parallel-size", "2", "--make-vocab-size-divisible-by", "1", "--vocab-size", "201"],
          "--tensor-model-parallel-size 2 must divide the padded vocabulary, found 201"),
+        (2, ["--tensor-model-parallel-size", "2", "--grad-reduce-in-bf16"],
+         "--grad-reduce-in-bf16 has no effect on a single data parallel rank (ranks 2, tp 2)"),
         (2, ["--device", "cuda"], "--device cuda: no CUDA device is available; use --device cpu"),
         (2, ["--optimizer-cpu-offload", "--device", "cpu"], "--optimizer-cpu-offload moves state out of a GPU"),
         (2, ["--load", "/nowhere"], "--load /nowhere: no checkpoint found there"),

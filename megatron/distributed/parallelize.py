@@ -115,6 +115,8 @@ def _keep_products(context: Any, op: Any, *arguments: Any, **keywords: Any) -> C
 
 def shard(model: GPT2Model, world: World, mesh: DeviceMesh, parallel: ParallelConfig) -> None:
     """Shard each block, and the rest with the root, over the data parallel ranks (FSDP2); gradients are summed."""
+    if parallel.grad_reduce_in_bf16:
+        from megatron.distributed.bf16_reduction import ReduceScatterInBf16  # noqa: PLC0415  (needs a private module)
     one_axis = world.layout.replicate == 1
     options: dict[str, Any] = {
         "mesh": mesh["shard"] if one_axis else mesh["replicate", "shard"],
@@ -128,6 +130,8 @@ def shard(model: GPT2Model, world: World, mesh: DeviceMesh, parallel: ParallelCo
             # The loss is divided by the tokens of all ranks already.
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
+            if parallel.grad_reduce_in_bf16:
+                module.set_custom_reduce_scatter(ReduceScatterInBf16())
 
 
 def place(parameter: Tensor, values: Tensor) -> None:

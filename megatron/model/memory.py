@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from megatron.config import Config
 from megatron.layout import Layout, padded_vocabulary
 
-FP32 = 4
+FP32, BF16 = 4, 2
 CONTEXT = 1_500_000_000
 """Assumed: CUDA context, kernels, and the buffers of cuBLAS and NCCL."""
 FRAGMENTATION = 0.05
@@ -98,7 +98,7 @@ def estimate_memory(config: Config, layout: Layout, vocab_size: int) -> MemoryEs
         loss=logits * _bytes_a_logit(bytes_each, tp=layout.tp, compiled=training.compile != "off") + cached,
         block=_backward_of_a_block(config, layout, bytes_each)
         + (copies * share.block_matrices if recomputed else 0)
-        + (2 * FP32 * share.block if fully_sharded else 0),
+        + ((FP32 + (BF16 if parallel.grad_reduce_in_bf16 else FP32)) * share.block if fully_sharded else 0),
     )
 
 

@@ -144,6 +144,8 @@ def layout_name(config: Config, world: World) -> str:
         parts.append(
             f"ZeRO {parallel.zero_stage}{f' within {layout.shard}' if parallel.data_parallel_shard_size else ''}"
         )
+    if parallel.grad_reduce_in_bf16:
+        parts.append("gradients reduced in bf16")
     return ", ".join(parts)
 
 
