@@ -1,0 +1,313 @@
+"""The documentation against the program: links, commands, flags, messages, numbers, the width of lines."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import functools
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+
+from megatron import deepspeed_config, old_flags
+from megatron.arguments import Parser, build_parser, parse_config
+from megatron.pacing.plan import plan_run
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "recipes/README.md", *sorted(ROOT.glob("docs/*.md"))]
+TOOLS = {f"tools/{path.name}": f"tools.{path.stem}" for path in sorted(ROOT.glob("tools/*.py"))}
+PROGRAMS = {"pretrain_gpt2.py": "pretrain_gpt2"} | TOOLS
+"""Program, as a command names it -> module."""
+MIGRATION = ROOT / "docs/migration.md"
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@functools.cache
+def split_page(page: Path) -> tuple[str, list[str]]:
+    """The prose of a page, and its blocks of code: fenced, or indented by four."""
+    prose: list[str] = []
+    blocks: list[str] = []
+    fenced = False
+    for line in page.read_text(encoding="utf-8").splitlines():
+        if line.startswith("```"):
+            fenced = not fenced
+            blocks.append("")
+        elif fenced or line.startswith("    "):
+            blocks[-1:] = [f"{blocks[-1] if blocks else ''}{line.strip()}\n"]
+        else:
+            prose.append(line)
+            blocks.append("")
+    return "\n".join(prose), [block for block in blocks if block]
+
+
+def rows(page: Path, name: str) -> list[list[str]]:
+    """The cells of the table between <!-- name --> and <!-- end -->, without its head."""
+    table = page.read_text(encoding="utf-8").partition(f"<!-- {name} -->")[2].partition("<!-- end -->")[0]
+    found = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table.strip().splitlines()[2:]]
+    assert found, name
+    return found
+
+
+# Links and lines
+
+
+@functools.cache
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings that GitHub and mkdocs agree on: the latter leaves one hyphen of several."""
+    found = set()
+    for heading in re.findall(r"^#+ (.*)", split_page(page)[0], re.MULTILINE):
+        text = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).lower()
+        anchor = re.sub(r"\s", "-", re.sub(r"[^\w\s-]", "", text))
+        if anchor == re.sub(r"-+", "-", anchor):
+            found.add(anchor)
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_relative_links_and_anchors_lead_somewhere(page: Path) -> None:
+    prose = re.sub(r"`[^`\n]*`", "", split_page(page)[0])
+    for path, anchor in re.findall(r"\]\(([^)\s:#]*)#?([^)\s:]*)\)", prose):
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), f"{path} does not exist"
+        assert not anchor or anchor in anchors(target), f"{path}#{anchor}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_lines_are_no_wider_than_120(page: Path) -> None:
+    lines = enumerate(page.read_text(encoding="utf-8").splitlines(), 1)
+    assert not [n for n, line in lines if len(line) > 120 and not line.startswith("|") and "://" not in line]
+
+
+def test_every_page_is_in_the_sites_navigation() -> None:
+    named = re.findall(r": ([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    assert {page.name for page in ROOT.glob("docs/*.md")} == set(named) - {
+        "readme.md",
+        "contributing.md",
+        "recipes/README.md",
+    }
+
+
+def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs", reason="needs the extra docs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert 'href="recipes/"' in (tmp_path / "site/index.html").read_text()
+
+
+# Commands
+
+
+class Parsed(Exception):
+    """A program has come to its command line."""
+
+
+def parser_of(program: str, words: list[str] | None, monkeypatch: pytest.MonkeyPatch) -> argparse.ArgumentParser:
+    """The parser of a program, taken from it where it uses it; it has read `words`, unless they are None."""
+    met: list[argparse.ArgumentParser] = []
+
+    def cut(original: Any) -> Any:
+        def parse(self: argparse.ArgumentParser, *arguments: Any) -> NoReturn:
+            met.append(self)
+            if words is not None:
+                original(self, *arguments)
+            raise Parsed
+
+        return parse
+
+    main = importlib.import_module(PROGRAMS[program]).main
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", cut(argparse.ArgumentParser.parse_args))
+    monkeypatch.setattr(Parser, "parse_known", cut(Parser.parse_known))
+    monkeypatch.setattr(sys, "argv", [program, *(words or [])])
+    with pytest.raises(Parsed):
+        main()
+    return met[0]
+
+
+RUNS = re.compile(
+    r"\b(python|torchrun|bash|sbatch) (.* )?(pretrain_gpt2\.py|tools/\w+\.py|scripts/\w+\.(sh|slurm))( |$)"
+)
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    """Page, and the words of each command in a code block, that runs a program or a script of ours."""
+    found = []
+    for page in PAGES:
+        for block in split_page(page)[1]:
+            for line in block.replace("\\\n", " ").splitlines():
+                words = re.sub(r"[][]|^\$ ", "", re.sub(r" [|;] .*|; done.*| #.*", "", line))
+                if RUNS.search(words):
+                    found.append((name_of(page), shlex.split(re.sub(r"\$\w+|\bN\b", "1", words))))
+    return found
+
+
+def split_command(words: list[str]) -> tuple[list[str], str, list[str]]:
+    """What stands before the program or script, its path, and its arguments."""
+    place = next(n for n, word in enumerate(words) if re.fullmatch(r"(tools|scripts)/\S+|pretrain_gpt2.py", word))
+    return words[:place], words[place], words[place + 1 :]
+
+
+COMMANDS = [(page, *split_command(words)) for page, words in commands()]
+
+
+def test_commands_are_found() -> None:
+    """So that a change of the pages' form does not leave the tests below with nothing."""
+    used = {program for _, _, program, _ in COMMANDS}
+    assert len(used & set(PROGRAMS)) >= 10 and len(COMMANDS) > 50
+    assert {f"scripts/{name}" for name in ("quickstart.sh", "ds_train.sh", "pretrain_gpt2.slurm")} <= used
+
+
+@pytest.mark.parametrize(
+    ("program", "words"),
+    [
+        pytest.param(program, words, id=f"{page}: {program}")
+        for page, _, program, words in COMMANDS
+        if program in PROGRAMS
+    ],
+)
+def test_programs_know_the_flags_of_the_commands(
+    program: str, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = ("--config", "--deepspeed-config")  # a page's my.yaml is not there
+    given = [word for before, word in zip(["", *words], words, strict=False) if not {before, word} & set(files)]
+    given = given[given[:1] == ["..."] :]  # flags that are left out
+    parser_of(program, given, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("before", "script", "words"),
+    [
+        pytest.param(b, program, words, id=f"{page}: {program}")
+        for page, b, program, words in COMMANDS
+        if program not in PROGRAMS
+    ],
+)
+def test_scripts_know_the_flags_and_variables_of_the_commands(before: list[str], script: str, words: list[str]) -> None:
+    text = (ROOT / script).read_text(encoding="utf-8")
+    for word in words:
+        passed_on = script == "scripts/test.sh" or "ds_train.sh" in text
+        assert not word.startswith("--") or passed_on or re.search(rf"{word}(\)| \|)", text), word
+    variables = (ROOT / "scripts/ds_train.sh").read_text(encoding="utf-8") if "ds_train.sh" in text else text
+    for name in [word.partition("=")[0] for word in before if re.match(r"[A-Z_]+=", word)]:
+        assert f"${{{name}:-" in variables, name
+
+
+FLAG = re.compile(r"(?<![\w-])--[A-Za-z][\w-]*")
+FOREIGN = """--nproc-per-node --nnodes --rdzv-backend --rdzv-endpoint --rdzv-id --max-restarts --master-addr --signal
+--requeue --nodes --time --batch --x --include_path --model_args --batch_size --model --tasks
+--apply-residual-connection-post-layernorm --ddp-reduce-scatter-with-fp32-accumulation
+--no-bias-gelu-fusion --dataset-impl --keep-newlines --split-sentences --logdir""".split()
+"""Flags of torchrun, SLURM, lm-eval, TensorBoard and Megatron-LM that pages name."""
+
+
+def test_flags_that_pages_name_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = set(FOREIGN) | set(old_flags.ADVICE) | set(old_flags.IGNORED) | {"--dry-run", "--help"}
+    for program in PROGRAMS:
+        with monkeypatch.context() as patch:
+            known |= set(parser_of(program, None, patch)._option_string_actions)
+    for script in ROOT.glob("scripts/*.sh"):
+        known |= set(re.findall(r"(--[a-z-]+)\)", script.read_text(encoding="utf-8")))
+    unknown = {}
+    for page in (page for page in PAGES if page.name != "comparison.md"):  # which names those of others
+        named = {flag for span in re.findall(r"`([^`\n]*)`", split_page(page)[0]) for flag in FLAG.findall(span)}
+        unknown |= {name_of(page): sorted(named - known)} if named - known else {}
+    assert not unknown
+
+
+# Messages
+
+
+@functools.cache
+def messages() -> str:
+    """Every text in the program, a line each, with ... for what is filled in."""
+    found = []
+    for path in [*ROOT.glob("megatron/**/*.py"), *ROOT.glob("tools/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+            text = "".join(
+                str(part.value) if isinstance(part, ast.Constant) else "..."
+                for part in parts
+                if isinstance(part, (ast.Constant, ast.FormattedValue))
+            )
+            found.append(re.sub(r"\.{3,}", "...", " ".join(text.split())))
+    return "\n".join(found)
+
+
+def quoted_messages() -> list[str]:
+    lines = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8").splitlines()
+    return [m[1] for m in map(re.compile(r"\| `([^`]+)`(?: \(a note\))? \| ").match, lines) if m]
+
+
+@pytest.mark.parametrize("message", quoted_messages())
+def test_a_message_of_the_troubleshooting_page_is_one_of_the_program(message: str) -> None:
+    assert message in messages()
+
+
+def test_every_row_of_the_troubleshooting_page_quotes_a_message() -> None:
+    text = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    heads = text.count("| message | cause |")
+    assert len(quoted_messages()) == sum(line.startswith("|") for line in text.splitlines()) - 2 * heads > 60
+
+
+# Migration
+
+
+def test_every_old_flag_is_in_the_migration_guide_with_what_the_program_says() -> None:
+    spellings = [
+        [f"`{old}`", f"`--{field.replace('_', '-')}`"] for field, names in old_flags.ALIASES.items() for old in names
+    ]
+    assert rows(MIGRATION, "aliases") == [*spellings, ["`--checkpoint-activations`", "`--recompute-granularity full`"]]
+    assert rows(MIGRATION, "ignored") == [[f"`{flag}`", why] for flag, (_, why) in old_flags.IGNORED.items()]
+    assert rows(MIGRATION, "gone") == [[f"`{flag}`", advice] for flag, advice in old_flags.ADVICE.items()]
+
+
+def test_every_key_of_deepspeeds_json_is_in_the_migration_guide() -> None:
+    table = {key.strip("`"): setting for key, setting in rows(MIGRATION, "deepspeed")}
+    plain = deepspeed_config.COUNTERPARTS | deepspeed_config.SCALING
+    growth = {f"curriculum_learning.{key}": (name, int) for key, name in deepspeed_config.GROWTH.items()}
+    for key, (name, _) in (plain | growth).items():
+        assert table.pop(key) == f"`--{name.replace('_', '-')}`"
+    source = Path(str(deepspeed_config.__file__)).read_text(encoding="utf-8")
+    for key in table:  # those that have a function of their own
+        assert key.split("`")[0].rpartition(".")[2] in source, key
+
+
+def test_flags_that_kept_their_names_are_known() -> None:
+    section = MIGRATION.read_text(encoding="utf-8").partition("same name and meaning")[2].partition("Two of them")[0]
+    kept = re.findall(r"`(--[\w-]+)`", section)
+    assert len(kept) > 50 and set(kept) <= set(build_parser()._option_string_actions)
+
+
+# Numbers and figures
+
+
+def test_the_table_of_how_it_works_is_what_the_planner_says() -> None:
+    text = (ROOT / "docs/how-it-works.md").read_text(encoding="utf-8")
+    table = re.findall(r"^\| (gpt\S+) \| ([\d,]+) \| ([\d,]+) \| ([\d.]+%) \|$", text, re.MULTILINE)
+    assert len(table) == 3
+    for recipe, *cells in table:
+        config, _ = parse_config(build_parser(), ["--config", str(ROOT / "recipes" / f"{recipe}.yaml")])
+        planned = plan_run(config)
+        found = [
+            f"{planned.progress.iteration:,}",
+            f"{planned.full_length_iteration:,}",
+            f"{planned.discarded_share:.1%}",
+        ]
+        assert cells == found, recipe
+
+
+def test_the_figures_of_how_it_works_are_those_that_the_script_draws() -> None:
+    text = (ROOT / "docs/how-it-works.md").read_text(encoding="utf-8")
+    script = (ROOT / "docs/figures.py").read_text(encoding="utf-8")
+    drawn = re.findall(r'"([\w-]+)": \w+', script.partition("FIGURES = {")[2].partition("}")[0])
+    assert set(re.findall(r"images/how-it-works-([\w-]+)\.png", text)) == set(drawn)
+    assert all((ROOT / f"docs/images/how-it-works-{name}.png").exists() for name in drawn)
