@@ -77,14 +77,14 @@ def main() -> int:
         seconds = measure.medians({"": [last["seconds"] for last in runs]})[""]
         tokens = runs[0]["consumed_tokens"]
         rows.append([way, runs[0]["iteration"], tokens, seconds, wall[way], tokens / seconds])
-    rows = [[*row, row[3] / rows[0][3]] for row in rows]
+    rows = [[*row, rows[0][5] / row[5]] for row in rows]  # truncated steps end a few tokens later
     print(
         f"GPT-2 of {model.num_layers} layers x {model.hidden_size}, vocabulary {vocab_size:,}, length "
         f"{model.seq_length}; {arguments.sequences} sequences a step, {arguments.micro_batch} of full length a "
         f"micro-batch, {'bf16' if bf16 else 'fp32'}; lengths from {arguments.start} over "
         f"{arguments.warmup_iters} steps; medians of {arguments.repeats}"
     )
-    head = ["run", "steps", "tokens", "s of training", "s of the program", "tokens/s", "time / baseline"]
+    head = ["run", "steps", "tokens", "s of training", "s of the program", "tokens/s", "time a token / baseline"]
     measure.print_table(head, rows)
     measure.finish(
         arguments.output,

@@ -1,11 +1,13 @@
 """WikiText's perplexity at stride 32 against a plain loop over transformers: python benchmarks/bench_zeroshot.py
 
 The plain loop is what people write: one window at a time, every logit of it, the loss from transformers itself. Both
-take the same random weights and the same windows of random tokens, in turn, several times; their losses are compared.
+take the same random weights and the same windows of random tokens, in turn, several times, in fp32 and in bf16; the
+losses in fp32 are compared. Ours in bf16 is the tool with --dtype bf16.
 """
 
 from __future__ import annotations
 
+import copy
 import sys
 import tempfile
 from collections.abc import Callable
@@ -28,8 +30,10 @@ from megatron.errors import UserError, run
 from megatron.evaluation.scoring import MICRO_BATCH_TOKENS, Piece, score
 from megatron.evaluation.wikitext import windows
 from megatron.instability.zeroshot_results import STRIDE
+from megatron.model.gpt2 import GPT2Model
 
 HEAD_SIZE = 64
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def plain_loop(model: Any, pieces: list[Piece], device: torch.device) -> float:
@@ -42,6 +46,11 @@ def plain_loop(model: Any, pieces: list[Piece], device: torch.device) -> float:
         with torch.no_grad():
             total += model(inputs, labels=inputs, shift_labels=labels).loss.double() * piece.targets
     return float(total)
+
+
+def our_score(model: GPT2Model, pieces: list[Piece], micro_batch_tokens: int) -> float:
+    """The summed loss by the tool's own scoring."""
+    return float(score(model, pieces, micro_batch_tokens=micro_batch_tokens).losses.sum())
 
 
 def main() -> int:
@@ -78,34 +87,34 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as directory:
         theirs.save_pretrained(directory)
         weights = read_huggingface(Path(directory), TokenizerConfig(vocab_size=arguments.vocab_size))
-    ours = build_model(weights).to(device)
-    theirs = theirs.eval().to(device)
+    ours = {name: build_model(weights, dtype).to(device) for name, dtype in DTYPES.items()}
+    plain = {name: copy.deepcopy(theirs).eval().to(device, dtype) for name, dtype in DTYPES.items()}
     length = arguments.seq_length + STRIDE * arguments.windows + 1
     tokens = np.random.default_rng(0).integers(0, arguments.vocab_size, length, dtype=np.int32)
     pieces = windows(tokens, arguments.seq_length, STRIDE)[1:]  # of thousands the first, which predicts all, is nothing
 
     losses: dict[str, float] = {}
-    ways: dict[str, Callable[[], float]] = {
-        "plain loop": lambda: plain_loop(theirs, pieces, device),
-        "ours": lambda: float(score(ours, pieces, micro_batch_tokens=arguments.micro_batch_tokens).losses.sum()),
-    }
+    ways: dict[str, Callable[[], float]] = {}
+    for name in DTYPES:
+        ways[f"plain loop, {name}"] = partial(plain_loop, plain[name], pieces, device)
+        ways[f"ours, {name}"] = partial(our_score, ours[name], pieces, arguments.micro_batch_tokens)
 
     def once(name: str) -> None:
         losses[name] = ways[name]()
 
     seconds = measure.in_turn({name: partial(once, name) for name in ways}, arguments.repeats)
     medians = measure.medians(seconds)
-    difference = abs(losses["ours"] / losses["plain loop"] - 1)
+    difference = abs(losses["ours, fp32"] / losses["plain loop, fp32"] - 1)
     print(
         f"{arguments.layers} layers, hidden {arguments.hidden}, {len(pieces)} windows of {arguments.seq_length} on "
-        f"{device}, medians of {arguments.repeats}; losses differ by {difference:.1e} of themselves"
+        f"{device}, medians of {arguments.repeats}; losses in fp32 differ by {difference:.1e} of themselves"
     )
     rows = [
         {
             "contestant": name,
             "seconds": took,
             "ms a window": 1000 * took / len(pieces),
-            "ratio to the plain loop": medians["plain loop"] / took,
+            "ratio to the plain loop": medians["plain loop, fp32"] / took,
         }
         for name, took in medians.items()
     ]

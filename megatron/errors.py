@@ -39,7 +39,8 @@ class SharedError(UserError):
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Run `main` and leave with its status; what a user can mend becomes one line on stderr, without a traceback.
+    """Run `main` and leave with its status; what a user can mend becomes one line on stderr, without a traceback unless
+    MEGATRON_DEBUG is set in the environment.
 
     Of several processes that torchrun started each names its rank, and none repeats what another says.
     """
@@ -53,6 +54,8 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     except UserError as error:
         if not (isinstance(error, CommandLineError) and several and os.environ.get("LOCAL_RANK") != "0"):
             print(f"error: {who}{error}", file=sys.stderr)
+            if os.environ.get("MEGATRON_DEBUG"):
+                traceback.print_exc()
     except MemoryError as error:
         print(f"error: {who}out of memory ({error}): {MEMORY_ADVICE}", file=sys.stderr)
     except KeyboardInterrupt:

@@ -76,7 +76,7 @@ PROGRAMS: dict[str, tuple[str | list[str], list[str]]] = {
     ),
     "bench_zeroshot.py": (
         "--layers 1 --hidden 64 --seq-length 32 --vocab-size 64 --windows 2 --repeats 1 --device cpu",
-        ["plain loop", "ours"],
+        ["plain loop, fp32", "ours, fp32", "plain loop, bf16", "ours, bf16"],
     ),
     "bench_startup.py": (
         ["--repeats", "1", "--only", "first step, ours", "import megatron.pacing"],

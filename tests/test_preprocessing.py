@@ -253,6 +253,9 @@ class TestTools:
         for expected in ("of uint16", "documents  2,000", "at the end of 2,000 documents", "median", "document 1999 ("):
             assert expected in shown.stdout
         assert "Raw text to datasets" in shown.stdout
+        refused = tool("inspect_data.py", "data/d_text_document", "--documents", -1, cwd=tmp_path)
+        assert refused.returncode == 1 and refused.stderr.startswith("error: --documents -1 must not be negative")
+        assert "Traceback" not in refused.stderr
         plain = tool("inspect_data.py", "data/d_text_document", cwd=tmp_path)
         assert plain.returncode == 0 and "document 0 (" in plain.stdout
 

@@ -146,6 +146,10 @@ class TestTrained:
     def test_says_when_the_text_has_too_few_pairs(self, tmp_path):
         assert train_bpe(iter(["aaaa aaaa"]), 1000, tmp_path).vocab_size < 270
 
+    def test_a_negative_frequency_is_refused(self, tmp_path):
+        with pytest.raises(UserError, match="--min-frequency must not be negative, found -5"):
+            train_bpe(iter(["a"]), 300, tmp_path, min_frequency=-5)
+
     @pytest.mark.parametrize(("texts", "size", "match"), [([], 300, "no text"), (["a"], 256, "--vocab-size.*257")])
     def test_refused(self, tmp_path, texts, size, match):
         with pytest.raises(UserError, match=match):

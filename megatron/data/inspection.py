@@ -28,6 +28,10 @@ def describe(
 
     Samples are decoded by `tokenizer`, or given as ids without one. UserError where a token is beyond its vocabulary.
     """
+    if documents < 0 or sample_tokens < 1:
+        raise UserError(
+            f"--documents {documents} must not be negative, and --sample-tokens {sample_tokens} must be at least 1"
+        )
     lengths = dataset.document_lengths
     largest = dataset.max_token_id()
     yield f"{dataset.bin_path}  {dataset.bin_path.stat().st_size:,} bytes of {dataset.dtype.name}"

@@ -92,7 +92,7 @@ def choose_device(training: TrainingConfig, local_rank: int = 0) -> torch.device
         raise UserError("--device cuda: no CUDA device is available; use --device cpu, or install torch for CUDA")
     if not available or training.device == "cpu":
         if training.fp16:
-            raise UserError("--fp16 needs a GPU: use --bf16 or neither on the CPU")
+            raise UserError("--fp16 needs a GPU: use --bf16 or neither on the CPU (--no-fp16 undoes it)")
         return torch.device("cpu")
     if local_rank >= torch.cuda.device_count():
         raise UserError(

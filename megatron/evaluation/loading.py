@@ -11,6 +11,7 @@ from megatron.checkpointing.huggingface import is_huggingface, read_huggingface
 from megatron.checkpointing.weights import ASK, DTYPES, NO_FLAGS, build_model, read_run
 from megatron.config import ModelConfig, TokenizerConfig
 from megatron.errors import UserError
+from megatron.model.cpu import keep_freed_memory
 from megatron.model.gpt2 import GPT2Model
 from megatron.tokenizer.base import Tokenizer
 
@@ -60,6 +61,8 @@ def load_model(
         raise UserError("--device cuda: no CUDA device is available; use --device cpu, or install torch for CUDA")
     weights = (read_huggingface if is_huggingface(path) else read_run)(path, tokenizer)
     place = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    if place.type == "cpu":
+        keep_freed_memory()
     vocabulary = weights.vocabulary
     model = build_model(weights, DTYPES[dtype]).to(place)
     return Loaded(model, vocabulary.tokenizer, weights.config, vocabulary.size, weights.source)

@@ -58,12 +58,15 @@ def squared_norm(tensors: list[Tensor]) -> Tensor:
     return torch.stack([power_sum(locals_, 2) / copies for copies, locals_ in local_parts(tensors)]).sum()
 
 
-def power_sum(tensors: list[Tensor], order: int) -> Tensor:
-    """Sum of |x|^order over all elements, for order 1 or 2: float64 scalar."""
+def power_sum(tensors: list[Tensor], order: float) -> Tensor:
+    """Sum of |x|^order over all elements, for order 0.5 (of none below zero), 1 or 2: float64 scalar."""
     if tensors[0].device.type == "cpu":  # whose norms add in fp32 one after the other; sums go pairwise
-        pieces = (piece for group in in_pieces(tensors) for piece in group)
-        sums = [(piece.abs() if order == 1 else piece.square()).sum() for piece in pieces]
+        power = {0.5: Tensor.sqrt, 1: Tensor.abs, 2: Tensor.square}[order]
+        sums = [power(piece).sum() for group in in_pieces(tensors) for piece in group]
         return torch.stack(sums).double().sum()
+    if order == 0.5:
+        norms = [torch._foreach_norm(torch._foreach_sqrt(group), 1) for group in in_pieces(tensors)]
+        return torch.stack([norm for group in norms for norm in group]).double().sum()
     return torch.stack(torch._foreach_norm(tensors, order)).double().pow_(order).sum()
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron.distributed.world import World
-from megatron.optimizer.adamw import in_pieces, local_parts, power_sum
+from megatron.optimizer.adamw import local_parts, power_sum
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,7 @@ def moment_statistics(optimizer: torch.optim.AdamW, world: World) -> MomentStati
     largest = torch.zeros((), dtype=torch.float64, device=device)
     for copies, variances in local_parts(s["exp_avg_sq"] for s in states):
         largest = torch.maximum(largest, torch.stack(torch._foreach_max(variances)).max().double().to(device))
-        for group in in_pieces(variances):
-            sums[0] += power_sum(list(torch._foreach_sqrt(group)), 1).to(device) / copies
+        sums[0] += power_sum(variances, 0.5).to(device) / copies
     for copies, momenta in local_parts(s["exp_avg"] for s in states):
         sums[1] += power_sum(momenta, 1).to(device) / copies
     largest = largest.sqrt()

@@ -35,12 +35,15 @@ def train_bpe(
     """Train on `texts` and write tokenizer.json, and the same tokenizer as vocab.json and merges.txt, into `output`.
 
     Ids are as in GPT-2: bytes, then merges in their order, then `<|endoftext|>`. The same texts give the same files.
-    `min_frequency`: pairs that are rarer are not joined. UserError where `vocab_size` is too small or `texts` is empty.
+    `min_frequency`: pairs that are rarer are not joined.
+    UserError where `vocab_size` is too small, `min_frequency` negative or `texts` empty.
     """
     if vocab_size < SMALLEST_VOCABULARY:
         raise UserError(
             f"--vocab-size must be at least {SMALLEST_VOCABULARY} (256 bytes and {END_OF_TEXT}), not {vocab_size}"
         )
+    if min_frequency < 0:
+        raise UserError(f"--min-frequency must not be negative, found {min_frequency}")
     learner = tokenizers.Tokenizer(models.BPE())
     learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
