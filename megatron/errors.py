@@ -70,9 +70,12 @@ def run(main: Callable[[], int | None]) -> NoReturn:
             traceback.print_exc()
         else:
             raise
-    if several and status == EXIT_FAILURE:  # an orderly exit would wait for collectives that will never end
+    status = EXIT_FINISHED if status is None else status
+    if several:
+        # After a fault an orderly exit would wait for collectives that never end. Without one a thread of gloo aborts
+        # it now and then (SIGABRT), when all is done.
         with suppress(OSError):
             sys.stdout.flush()
             sys.stderr.flush()
-        os._exit(EXIT_FAILURE)
-    sys.exit(EXIT_FINISHED if status is None else status)
+        os._exit(status)
+    sys.exit(status)

@@ -332,8 +332,11 @@ def main(parts: str, directory: Path, rank: int, ranks: int) -> None:
     for part in parts.split("+"):
         seen |= PARTS[part](directory, worlds) or {}
     print(json.dumps(seen))
-    if ranks > 1 and parts != "killed":
-        dist.destroy_process_group()
+    if ranks > 1:
+        if parts != "killed":
+            dist.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(0)  # as megatron.errors.run: a thread of gloo may abort an orderly exit
 
 
 if __name__ == "__main__":

@@ -84,6 +84,8 @@ PROGRAMS: dict[str, tuple[str | list[str], list[str]]] = {
     ),
 }
 """Flags, and the first column of the table. All of it on files made here: nothing is downloaded."""
+LONG = ("bench_train_step.py", "bench_run.py", "bench_startup.py")
+"""They start many processes that import torch, one after the other."""
 
 
 def run_program(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -104,7 +106,9 @@ def text(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in LONG else []) for name in PROGRAMS]
+)
 def test_prints_a_row_for_each_contestant_and_writes_where_it_was_measured(
     name: str, tmp_path: Path, text: Path
 ) -> None:
