@@ -6,6 +6,7 @@ import argparse
 import gzip
 import json
 import os
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -88,6 +89,34 @@ LONG = ("bench_train_step.py", "bench_run.py", "bench_startup.py")
 """They start many processes that import torch, one after the other."""
 
 
+def expected_ratios(name: str, written: dict[str, Any]) -> list[tuple[float, float]]:
+    """Pairs of a ratio as written, and as it follows from the times and speeds written beside it."""
+    rows, middle = written["rows"], statistics.median
+    if name == "bench_train_step.py":
+        ours = middle(written["seconds"]["ours-eager"])
+        return [(written["ratio"][way], middle(times) / ours) for way, times in written["seconds"].items()]
+    if name == "bench_warmup.py":
+        tokens, fixed = written["seconds"]["by tokens"], written["seconds"]["fixed"]
+        return [(written["ratio"][length], middle(fixed[length]) / middle(tokens[length])) for length in tokens]
+    if name == "bench_attention.py":
+        return [(written["ratio"][length], theirs / ours) for length, ours, theirs, _ in rows]
+    if name == "bench_run.py":
+        baseline = rows[0][3] / rows[0][2]
+        return [(written["ratio"][way], took / tokens / baseline) for way, _, tokens, took, *_ in rows]
+    if name == "bench_zeroshot.py":
+        return [(row["ratio to the plain loop"], rows[0]["seconds"] / row["seconds"]) for row in rows]
+    if name == "bench_startup.py":
+        return [(row["ratio to import torch"], row["seconds"] / rows[0]["seconds"]) for row in rows]
+    if name == "bench_loading.py":
+        nanogpt = next(row["tokens/s"] for row in rows if row["contestant"] == "nanoGPT")
+        return [(row["ratio to nanoGPT"], row["tokens/s"] / nanogpt) for row in rows]
+    if name == "bench_preprocessing.py":
+        theirs = {row["contestant"][-7:] + str(row["input"]): row for row in rows if row["contestant"][0] == "H"}
+        pairs = [(row, theirs[row["contestant"][-7:] + str(row["input"])]) for row in rows]
+        return [(row["ratio of commands"], other["command s"] / row["command s"]) for row, other in pairs]
+    return []
+
+
 def run_program(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, str(BENCHMARKS / name), *arguments],
@@ -126,6 +155,8 @@ def test_prints_a_row_for_each_contestant_and_writes_where_it_was_measured(
     assert written["machine"]["commit"] in done.stdout
     assert len(written["rows"]) == len(table) - 2
     assert "ratio" in written or all(any("ratio" in key for key in row) for row in written["rows"])
+    for ratio, expected in expected_ratios(name, written):
+        assert ratio == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -154,6 +154,18 @@ def test_what_is_recomputed(granularity, products, activations):
     assert operations.counts["gelu_backward"] == 3
 
 
+@pytest.mark.parametrize(("granularity", "again"), [("none", 0), ("selective", 0), ("full", 3)])
+def test_attention_by_blocks_is_recomputed_only_where_all_is(granularity, again):
+    model = build(small()).train()
+    recompute(model, granularity, compiled=False)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        hidden = model(torch.randint(0, VOCAB, (4, 64)))
+    with Operations() as operations:
+        hidden.sum().backward()
+    assert operations.counts["causal_attention_backward"] == 3
+    assert operations.counts["causal_attention"] == again
+
+
 def test_dropout_acts_in_training_only():
     model = build(small(hidden_dropout=0.5))
     tokens = torch.zeros(1, 8, dtype=torch.int64)

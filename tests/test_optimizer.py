@@ -91,6 +91,18 @@ def test_moment_statistics_equal_the_definition_and_chunking_changes_nothing(mod
         assert got.adam_momentum_norm == pytest.approx(momentum, rel=1e-5)
 
 
+@pytest.mark.parametrize("way", [adamw.power_sum, adamw.sum_of_sums, adamw.sum_of_norms])
+@pytest.mark.parametrize("order", [0.5, 1, 2])
+def test_both_ways_to_sum_powers_equal_the_definition(way, order, monkeypatch):
+    """The way of GPUs, too, which works on any device."""
+    monkeypatch.setattr(adamw, "CPU_PIECE", 100)
+    tensors = [torch.rand(7, 30), torch.rand(3), torch.rand(5, 4).t()]
+    expected = sum(float((t.double() ** order).sum()) for t in tensors)
+    assert float(way(tensors, order)) == pytest.approx(expected, rel=1e-6)
+    if order != 0.5:
+        assert float(way([-t for t in tensors], order)) == pytest.approx(expected, rel=1e-6)
+
+
 def test_norms_of_an_embedding_of_millions_are_exact():
     """PyTorch's own norms on a CPU add in fp32 one after the other: -1.8% in the l2 norm of this one."""
     large, small = torch.full((50304, 768), 0.1), torch.full((3,), -0.1)

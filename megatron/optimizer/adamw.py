@@ -60,13 +60,22 @@ def squared_norm(tensors: list[Tensor]) -> Tensor:
 
 def power_sum(tensors: list[Tensor], order: float) -> Tensor:
     """Sum of |x|^order over all elements, for order 0.5 (of none below zero), 1 or 2: float64 scalar."""
-    if tensors[0].device.type == "cpu":  # whose norms add in fp32 one after the other; sums go pairwise
-        power = {0.5: Tensor.sqrt, 1: Tensor.abs, 2: Tensor.square}[order]
-        sums = [power(piece).sum() for group in in_pieces(tensors) for piece in group]
-        return torch.stack(sums).double().sum()
+    # The norms of a CPU add in fp32 one after the other, and go wrong; its sums go pairwise.
+    return (sum_of_sums if tensors[0].device.type == "cpu" else sum_of_norms)(tensors, order)
+
+
+def sum_of_sums(tensors: list[Tensor], order: float) -> Tensor:
+    """`power_sum` piece by piece, each in the cache."""
+    power = {0.5: Tensor.sqrt, 1: Tensor.abs, 2: Tensor.square}[order]
+    sums = [power(piece).sum() for group in in_pieces(tensors) for piece in group]
+    return torch.stack(sums).double().sum()
+
+
+def sum_of_norms(tensors: list[Tensor], order: float) -> Tensor:
+    """`power_sum` by few kernels, each over many tensors."""
     if order == 0.5:
-        norms = [torch._foreach_norm(torch._foreach_sqrt(group), 1) for group in in_pieces(tensors)]
-        return torch.stack([norm for group in norms for norm in group]).double().sum()
+        groups = [torch._foreach_norm(torch._foreach_sqrt(group), 1) for group in in_pieces(tensors)]
+        return torch.stack([norm for group in groups for norm in group]).double().sum()
     return torch.stack(torch._foreach_norm(tensors, order)).double().pow_(order).sum()
 
 
