@@ -7,10 +7,11 @@ its help, a `bool` is `--x/--no-x`. A room of the program gets its section, neve
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
-from typing import Literal
+from typing import Literal, get_args
 
 from megatron.counts import parse_pairs, require_rising
 from megatron.errors import UserError
+from megatron.growth import Growth
 from megatron.progress import Duration, Unit
 
 Count = int
@@ -92,14 +93,14 @@ class ModelConfig:
 class SeqlenWarmupConfig:
     """Sequence length warmup"""
 
-    seqlen_warmup: Literal["none", "linear", "root", "discrete", "mixed", "adaptive"] = "none"
+    seqlen_warmup: Literal["none", Growth, "discrete", "mixed", "adaptive"] = "none"
     """Pacing function: how the sequence length grows from --seqlen-start to --seq-length."""
     seqlen_start: int = 8
-    """Sequence length at the start (linear, root, adaptive)."""
+    """Sequence length at the start of a pacing that grows: any but discrete and mixed."""
     seqlen_warmup_iters: Count | None = None
-    """T: optimizer steps until full length (linear, root)."""
+    """T: optimizer steps until full length."""
     seqlen_warmup_tokens: Count | None = None
-    """T in tokens instead: the position is the tokens trained on before the step (linear, root)."""
+    """T in tokens instead: the position is the tokens trained on before the step."""
     seqlen_multiple: int = 8
     """Every length is a multiple of this: 8 for Tensor Cores, 16 for int8."""
     seqlen_root_degree: int = 2
@@ -119,7 +120,7 @@ class SeqlenWarmupConfig:
     keeps it whole and limits attention to blocks. The last two train on all tokens."""
 
     def duration(self) -> Duration:
-        """T of linear and root pacing."""
+        """T of the pacings in growth.py."""
         if self.seqlen_warmup_tokens is not None:
             return Duration(self.seqlen_warmup_tokens, "tokens")
         return Duration(self.seqlen_warmup_iters or 0, "iters")
@@ -169,14 +170,14 @@ class SeqlenWarmupConfig:
     def _check_owners(self) -> None:
         """Raise UserError where a setting is given that belongs to another pacing."""
         owners = {
-            "seqlen_warmup_iters": ("linear", "root"),
-            "seqlen_warmup_tokens": ("linear", "root"),
+            "seqlen_warmup_iters": get_args(Growth),
+            "seqlen_warmup_tokens": get_args(Growth),
             "seqlen_stages": ("discrete",),
             "seqlen_cycle": ("mixed",),
             "seqlen_stages_unit": ("discrete", "mixed"),
             "seqlen_adaptive_step": ("adaptive",),
             "seqlen_adaptive_tolerance": ("adaptive",),
-            "seqlen_realisation": ("linear", "root", "discrete", "mixed", "adaptive"),
+            "seqlen_realisation": (*get_args(Growth), "discrete", "mixed", "adaptive"),
         }
         for name, pacings in owners.items():
             flag, pacing = "--" + name.replace("_", "-"), self.seqlen_warmup
@@ -194,7 +195,7 @@ class SeqlenWarmupConfig:
             )
 
     def _check_growth(self, seq_length: int) -> None:
-        """Of linear, root and adaptive pacing."""
+        """Of the pacings that grow."""
         start, multiple = self.seqlen_start, self.seqlen_multiple
         require(start >= multiple, f"--seqlen-start {start} must be at least --seqlen-multiple {multiple}")
         require(start % multiple == 0, f"--seqlen-start {start} must be a multiple of --seqlen-multiple {multiple}")

@@ -2,8 +2,13 @@
 
 import json
 import math
+import shutil
+import subprocess
+import sys
 from fractions import Fraction
 from itertools import pairwise
+from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import given
@@ -11,9 +16,12 @@ from hypothesis import strategies as st
 
 from megatron.config import Config, EvaluationConfig, ModelConfig, SeqlenWarmupConfig, TrainingConfig
 from megatron.errors import UserError
+from megatron.growth import Growth, grown_seqlen
 from megatron.pacing.plan import plan_run, walk
-from megatron.pacing.seqlen_warmup import AdaptivePacing, SeqlenSchedule, linear_seqlen, root_seqlen
+from megatron.pacing.seqlen_warmup import AdaptivePacing, SeqlenSchedule
 from megatron.progress import Progress
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def exact_linear(t: int, duration: int, start: int, end: int, multiple: int) -> int:
@@ -31,35 +39,58 @@ lengths = st.tuples(st.integers(1, 300), st.integers(0, 300), st.sampled_from([1
 @given(lengths, st.integers(1, 500_000), st.integers(1, 600_000))
 def test_linear_equals_the_formula(shape, duration, t):
     start, end, multiple = shape
-    assert linear_seqlen(t, duration, start, end, multiple) == exact_linear(t, duration, start, end, multiple)
+    assert grown_seqlen("linear", t, duration, start, end, multiple) == exact_linear(t, duration, start, end, multiple)
 
 
 @given(lengths, st.integers(1, 500_000), st.integers(1, 600_000), st.integers(2, 5))
 def test_root_brackets_the_formula(shape, duration, t, degree):
     """The unrounded length x obeys (x - start)^d <= (end - start)^d * t/T < (x + 1 - start)^d, exactly."""
     start, end, multiple = shape
-    got = root_seqlen(t, duration, start, end, multiple, degree)
+    got = grown_seqlen("root", t, duration, start, end, multiple, degree)
     ratio = min(Fraction(t, duration), Fraction(1))
     grown = [x for x in range(end - start + 1) if Fraction(x) ** degree <= (end - start) ** degree * ratio]
     floored = start + grown[-1]
     assert got == min(floored - floored % multiple, end)
 
 
+@pytest.mark.parametrize("pacing", get_args(Growth))
 @given(lengths, st.integers(1, 2000))
-def test_pacing_starts_near_start_never_falls_and_ends_exactly_at_end(shape, duration):
+def test_pacing_starts_near_start_never_falls_and_ends_exactly_at_end(pacing, shape, duration):
     start, end, multiple = shape
-    walked = [linear_seqlen(t, duration, start, end, multiple) for t in range(1, duration + 2)]
+    walked = [grown_seqlen(pacing, t, duration, start, end, multiple) for t in range(1, duration + 2)]
     assert walked[0] >= start - start % multiple
     assert all(a <= b for a, b in pairwise(walked))
     assert walked[-1] == end == walked[duration - 1]
     assert all(length % multiple == 0 for length in walked)
 
 
+def test_a_pacing_of_ones_own_is_an_edit_of_one_file(tmp_path):
+    """The edit that docs/pacing.md shows, made in a copy of the tree."""
+    for room in ("megatron", "tools"):
+        shutil.copytree(ROOT / room, tmp_path / room, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    growth = tmp_path / "megatron" / "growth.py"
+    source = growth.read_text(encoding="utf-8")
+    diff = (ROOT / "docs" / "pacing.md").read_text(encoding="utf-8").split("```diff\n")[1].split("```")[0]
+    for hunk in diff.split("@@\n"):
+        lines = hunk.splitlines(keepends=True)
+        before = "".join(line[1:] for line in lines if line[0] in " -")
+        assert source.count(before) == 1
+        source = source.replace(before, "".join(line[1:] for line in lines if line[0] in " +"))
+    growth.write_text(source, encoding="utf-8")
+    flags = "--model-size 117M --train-iters 10 --seqlen-warmup quadratic --seqlen-warmup-iters 10 --seqlen-start 64"
+    done = subprocess.run(
+        [sys.executable, "tools/plan_run.py", *flags.split(), "--global-batch-size", "1", "--json"],
+        cwd=tmp_path, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    expected = sum((64 + 960 * t * t // 100) // 8 * 8 for t in range(1, 11))
+    assert json.loads(done.stdout)["consumed_tokens"] == expected
+
+
 def test_paper_setting_by_hand():
     # 117M: 8 -> 1024 over 60,000 steps. 1016 * t / 60000 grows by 8 every 472.44 steps.
-    assert [linear_seqlen(t, 60_000, 8, 1024, 8) for t in (1, 472, 473, 944, 945, 59_527, 59_528, 60_000, 70_000)] == [
-        8, 8, 16, 16, 24, 1008, 1016, 1024, 1024,
-    ]  # fmt: skip
+    steps = (1, 472, 473, 944, 945, 59_527, 59_528, 60_000, 70_000)
+    expected = [8, 8, 16, 16, 24, 1008, 1016, 1024, 1024]
+    assert [grown_seqlen("linear", t, 60_000, 8, 1024, 8) for t in steps] == expected
 
 
 BARE = {"seqlen_warmup_iters": None}
@@ -74,7 +105,7 @@ def schedule(**settings) -> SeqlenSchedule:
 
 def test_the_first_step_has_t_1_and_iteration_counts_steps_done():
     linear = schedule(seqlen_warmup="linear", seqlen_start=8, seqlen_warmup_iters=2)
-    assert linear.seqlen(Progress(iteration=0)) == linear_seqlen(1, 2, 8, 1024, 8) == 512 + 8 - 8 + 0
+    assert linear.seqlen(Progress(iteration=0)) == grown_seqlen("linear", 1, 2, 8, 1024, 8) == 512 + 8 - 8 + 0
     assert linear.seqlen(Progress(iteration=1)) == 1024
 
 

@@ -1,7 +1,4 @@
-"""Sequence length warmup: from progress to the sequence length of the next optimizer step.
-
-All arithmetic is on integers, so that a length never depends on how a float was rounded.
-"""
+"""Sequence length warmup: from progress to the sequence length of the next optimizer step."""
 
 from __future__ import annotations
 
@@ -10,46 +7,8 @@ from itertools import accumulate
 from math import inf, isfinite
 
 from megatron.config import SeqlenWarmupConfig
+from megatron.growth import grown_seqlen
 from megatron.progress import Progress
-
-
-def linear_seqlen(position: int, duration: int, start: int, end: int, multiple: int = 1) -> int:
-    """Length of step-wise linear pacing.
-
-    floor(start + (end - start) * min(position / duration, 1)), then down to a multiple of `multiple`
-    (Section 4 of the paper; the DeepSpeed tutorial calls it fixed_linear).
-
-    Args:
-        position: the 1-based optimizer step t, or the tokens trained on before it.
-        duration: T, in the unit of `position`.
-        start, end: first and full length in tokens, both multiples of `multiple`.
-    """
-    return root_seqlen(position, duration, start, end, multiple, degree=1)
-
-
-def root_seqlen(position: int, duration: int, start: int, end: int, multiple: int = 1, degree: int = 2) -> int:
-    """Length of root pacing: as `linear_seqlen`, with (position / duration)^(1 / degree) for the ratio.
-
-    The 2022 text of the paper writes the exponent as the degree itself; the code that ran, and the DeepSpeed
-    tutorial, take the root.
-    """
-    if position >= duration:
-        return end
-    growth = _floor_root((end - start) ** degree * position // duration, degree)
-    length = start + growth
-    return min(length - length % multiple, end)
-
-
-def _floor_root(value: int, degree: int) -> int:
-    """The largest integer x with x**degree <= value."""
-    if degree == 1:
-        return value
-    x = round(value ** (1 / degree))
-    while x**degree > value:
-        x -= 1
-    while (x + 1) ** degree <= value:
-        x += 1
-    return x
 
 
 class SeqlenSchedule:
@@ -79,16 +38,20 @@ class SeqlenSchedule:
             return self.seq_length
         if config.seqlen_warmup == "adaptive":
             return min(config.seqlen_start + progress.seqlen_level * self._adaptive_step, self.seq_length)
-        if config.seqlen_warmup in ("discrete", "mixed"):
-            position = progress.counted(config.seqlen_stages_unit)
-            if config.seqlen_warmup == "mixed":
-                position %= self._ends[-1]
-            return self._lengths[bisect_right(self._ends, position)]
+        place = progress.counted(config.seqlen_stages_unit)
+        if config.seqlen_warmup == "discrete":
+            return self._lengths[bisect_right(self._ends, place)]
+        if config.seqlen_warmup == "mixed":
+            return self._lengths[bisect_right(self._ends, place % self._ends[-1])]
         duration = self._duration
-        position = progress.iteration + 1 if duration.unit == "iters" else progress.consumed_tokens
-        degree = 1 if config.seqlen_warmup == "linear" else config.seqlen_root_degree
-        return root_seqlen(
-            position, duration.value, config.seqlen_start, self.seq_length, config.seqlen_multiple, degree
+        return grown_seqlen(
+            config.seqlen_warmup,
+            progress.iteration + 1 if duration.unit == "iters" else progress.consumed_tokens,
+            duration.value,
+            config.seqlen_start,
+            self.seq_length,
+            config.seqlen_multiple,
+            config.seqlen_root_degree,
         )
 
     def sample_tokens(self, seqlen: int) -> int:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 from megatron.config import Config
 from megatron.console import format_count
 from megatron.data.datasets import Datasets
 from megatron.distributed.world import World
+from megatron.growth import Growth
 from megatron.model.flops import parameter_count
 from megatron.pacing.plan import plan_run
 from megatron.progress import Progress
@@ -51,7 +54,7 @@ def seqlen_pacing(config: Config) -> str:
     """The sequence length warmup in words."""
     warmup = config.seqlen_warmup
     words: str = warmup.seqlen_warmup
-    if words in ("linear", "root"):
+    if words in get_args(Growth):
         duration = warmup.duration()
         words += f" from {warmup.seqlen_start} over {duration.value:,} {duration.unit}"
     elif words in ("discrete", "mixed"):
