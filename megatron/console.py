@@ -8,15 +8,21 @@ import shutil
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from itertools import pairwise
+from statistics import median
 from types import TracebackType
 from typing import Any, NamedTuple, TextIO
 
 REDRAW_SECONDS = 0.1
 """The live line is drawn at most this often: a step may take a millisecond."""
 WINDOW_SECONDS = 30.0
-"""The speed is that of the last 30 seconds, or of the last tenth of the run where that is longer."""
+"""The speed is that of the last 30 seconds, or of the last tenth of the run where that is longer, or of as many steps
+as make a median."""
 WINDOW_SAMPLES = 200
+MEDIAN_SAMPLES = 11
+STALL = 2.0
+"""Time for a token beyond so many times its median says nothing of the steps to come."""
 
 
 class _Sample(NamedTuple):
@@ -30,7 +36,8 @@ class ProgressLine:
 
     The time left follows from the tokens left, not the steps: under sequence length warmup late steps hold many
     times the tokens of early ones. As short steps also run at another speed than long ones, the speed is taken
-    from a recent window only.
+    from a recent window only, and a stalled step in it counts little. What evaluation and saving add comes from all of
+    this process: they are few, so that in a window each would be too much or nothing.
     """
 
     def __init__(
@@ -38,17 +45,20 @@ class ProgressLine:
         name: str,
         *,
         target_tokens: int | None,
+        full_batch: int | None = None,
         log_interval: int = 100,
         silent: bool = False,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`target_tokens` is what the run will have trained on at its end (None: unknown, no percentage and no ETA).
+        `full_batch` is the size that a batch has after a warmup: a smaller one is shown.
 
         `silent` (ranks other than 0) makes every method do nothing. `stream` defaults to standard output.
         """
         self._name = name
         self._target = target_tokens
+        self._full_batch = full_batch or 0
         self._log_interval = log_interval
         self._silent = silent
         self._stream = sys.stdout if stream is None else stream
@@ -57,6 +67,7 @@ class ProgressLine:
         self._start = clock()
         self._drawn = -math.inf
         self._line = ""
+        self._first: _Sample | None = None
         self._window: deque[_Sample] = deque()
         self._last: Mapping[str, Any] | None = None
         self._last_printed: int | None = None
@@ -96,21 +107,22 @@ class ProgressLine:
 
     def speed(self) -> float | None:
         """Recent tokens per second of training time; None before the second step."""
-        if len(self._window) < 2:
-            return None
-        first, last = self._window[0], self._window[-1]
-        seconds = last.seconds - first.seconds
-        return (last.tokens - first.tokens) / seconds if seconds > 0 else None
+        steps = list(self._steps())
+        seconds = sum(step.seconds for step in steps)
+        return sum(step.tokens for step in steps) / seconds if seconds > 0 else None
 
     def seconds_left(self) -> float | None:
-        """Seconds of wall time until the target, at the recent pace, with the evaluations that fell into it."""
-        if self._target is None or len(self._window) < 2:
+        """Seconds of wall time until the target, at the recent pace, with what evaluation and saving add."""
+        steps = list(self._steps())
+        if self._target is None or self._first is None or not steps:
             return None
-        first, last = self._window[0], self._window[-1]
-        tokens = last.tokens - first.tokens
-        if tokens <= 0:
-            return None
-        return max(0, self._target - last.tokens) * (last.clock - first.clock) / tokens
+        most = STALL * median(step.seconds / step.tokens for step in steps)
+        seconds = sum(min(step.seconds, most * step.tokens) for step in steps)
+        tokens = sum(step.tokens for step in steps)
+        first, last = self._first, self._window[-1]
+        trained = last.seconds - first.seconds
+        wall = (last.clock - first.clock) / trained if trained > 0 else 1.0
+        return max(0, self._target - last.tokens) * seconds / tokens * max(1.0, wall)
 
     def print_last(self) -> None:
         """Elsewhere than on a terminal: print the last step now, if it was not due."""
@@ -141,6 +153,7 @@ class ProgressLine:
     def _observe(self, now: float, step: Mapping[str, Any]) -> None:
         seconds = step.get("seconds")
         sample = _Sample(now, now if seconds is None else float(seconds), int(step["consumed_tokens"]))
+        self._first = self._first or sample
         span = max(WINDOW_SECONDS, 0.1 * (now - self._start))
         window = self._window
         # The newest sample is replaced until it is far enough from the one before it: the window stays small.
@@ -148,8 +161,15 @@ class ProgressLine:
             window[-1] = sample
         else:
             window.append(sample)
-        while len(window) > 2 and now - window[1].clock >= span:
+        while len(window) > MEDIAN_SAMPLES + 1 and now - window[1].clock >= span:
             window.popleft()
+
+    def _steps(self) -> Iterator[_Sample]:
+        """What each sample of the window has added; none where a rollback went back."""
+        for before, after in pairwise(self._window):
+            step = _Sample(after.clock - before.clock, after.seconds - before.seconds, after.tokens - before.tokens)
+            if step.tokens > 0 and step.seconds >= 0:
+                yield step
 
     def _fields(self, step: Mapping[str, Any]) -> list[str]:
         tokens = format_count(step["consumed_tokens"])
@@ -162,10 +182,11 @@ class ProgressLine:
         for key, label, style in (
             ("loss", "loss", ".4f"),
             ("seqlen", "seqlen", "d"),
+            ("global_batch_size", "batch", "d"),
             ("lr", "lr", ".1e"),
             ("grad_norm", "grad norm", ".2f"),
         ):
-            if step.get(key) is not None:
+            if step.get(key) is not None and (key != "global_batch_size" or step[key] < self._full_batch):
                 parts.append(f"{label} {step[key]:{style}}")
         speed = self.speed()
         if speed is not None:

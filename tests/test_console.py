@@ -101,6 +101,64 @@ def test_evaluation_counts_for_the_eta_but_not_for_the_speed() -> None:
     assert line.seconds_left() == pytest.approx(9000 * (9.9 + 5) / 990, rel=1e-6)
 
 
+@pytest.mark.parametrize("seconds", [0.1, 40.0], ids=["steps of 0.1 s", "steps of 40 s"])
+def test_a_stalled_step_and_a_slow_checkpoint_hardly_change_the_eta(seconds: float) -> None:
+    """Short steps, which cost more for a token, then long ones; then a stall in a step, then one between steps."""
+    clock, tokens, training = Clock(), 0, 0.0
+    line = ProgressLine("slw", target_tokens=1_000_000, stream=io.StringIO(), clock=clock)
+
+    def train(steps: int, length: int, *, stall: float = 0.0) -> float:
+        """The estimate after more steps of so many tokens, over the time that is really left at this pace."""
+        nonlocal tokens, training
+        for i in range(steps):
+            tokens, taken = tokens + length, seconds * (0.5 + length / 1000) + (stall if i == steps - 1 else 0)
+            training, clock.now = training + taken, clock.now + taken
+            line.update(step(1, tokens, seconds=training))
+        left = line.seconds_left()
+        assert left is not None
+        return left / ((1_000_000 - tokens) * seconds * (0.5 / length + 1 / 1000))
+
+    assert train(100, 50) == pytest.approx(1)
+    assert train(400, 1000) == pytest.approx(1)
+    assert 1 <= train(1, 1000, stall=100 * seconds) < 1.1  # the time for a token of all steps of late: 2 and more
+    clock.now += 10 * seconds
+    assert 1 <= train(1, 1000) < 1.2
+    assert train(100, 1000) == pytest.approx(1, rel=0.05)
+
+
+def test_evaluations_are_counted_from_all_of_the_run() -> None:
+    clock = Clock()
+    line = ProgressLine("slw", target_tokens=100_000, stream=io.StringIO(), clock=clock)
+    ratios = []
+    for iteration in range(1, 6001):
+        clock.now += 0.1 + (20.0 if iteration % 1000 == 500 else 0.0)  # a fifth of all
+        line.update(step(iteration, 10 * iteration, seconds=0.1 * iteration))
+        if iteration > 2000:
+            ratios.append((line.seconds_left() or 0) / ((100_000 - 10 * iteration) * 0.012))
+    assert min(ratios) > 0.9
+    assert max(ratios) < 1.1
+
+
+def test_a_rollback_leaves_a_speed_and_an_eta() -> None:
+    clock = Clock()
+    line = ProgressLine("slw", target_tokens=10_000, stream=io.StringIO(), clock=clock)
+    for iteration in [*range(1, 51), *range(20, 51)]:
+        clock.now += 0.1
+        line.update(step(iteration, 10 * iteration, seconds=clock.now))
+    assert line.speed() == pytest.approx(100)
+    assert line.seconds_left() == pytest.approx(95)
+
+
+def test_the_batch_is_shown_while_it_grows() -> None:
+    out = io.StringIO()
+    line = ProgressLine("slw", target_tokens=None, full_batch=512, log_interval=1, stream=out)
+    for iteration, batch in ((1, 128), (2, 512)):
+        line.update({"iteration": iteration, "consumed_tokens": 8, "seqlen": 8, "global_batch_size": batch})
+    first, second = out.getvalue().splitlines()
+    assert "| seqlen 8 | batch 128" in first
+    assert "batch" not in second
+
+
 def test_live_line_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "60")

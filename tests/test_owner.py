@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from megatron import owner_file
 from megatron.errors import UserError
+from megatron.owner_file import OWNER_FILE, how_ended
 from megatron.training import owner
-from megatron.training.owner import OWNER_FILE, Owner
+from megatron.training.owner import Owner
 
 ROOT = Path(__file__).parents[1]
 HOLD = (
@@ -130,3 +132,53 @@ def test_a_beat_is_renewed(tmp_path, monkeypatch):
         time.sleep(0.5)
         assert json.loads((tmp_path / OWNER_FILE).read_bytes())["beat"] > 2
     assert (tmp_path / OWNER_FILE).read_bytes() == b""
+
+
+class TestHowItEnded:
+    """What those see who only look."""
+
+    def test_a_living_owner_has_not_and_a_killed_one_has_at_once(self, holder, tmp_path):
+        assert how_ended(tmp_path) is None
+        holder.send_signal(signal.SIGSTOP)  # stopped is not dead
+        assert how_ended(tmp_path) is None
+        holder.kill()
+        os.waitid(os.P_PID, holder.pid, os.WEXITED | os.WNOWAIT)  # nobody has asked how it ended: its number stays
+        assert how_ended(tmp_path) == f"process {holder.pid} on {os.uname().nodename} was killed or crashed"
+        holder.wait()
+        assert how_ended(tmp_path) == f"process {holder.pid} on {os.uname().nodename} was killed or crashed"
+
+    def test_another_process_with_its_number_is_not_the_owner(self, holder, tmp_path):
+        found = json.loads((tmp_path / OWNER_FILE).read_bytes())
+        holder.kill()
+        holder.wait()
+        (tmp_path / OWNER_FILE).write_text(json.dumps(found | {"pid": os.getpid()}))
+        assert how_ended(tmp_path) == f"process {os.getpid()} on {os.uname().nodename} was killed or crashed"
+
+    @pytest.mark.parametrize(
+        "changed",
+        [{"system": "another"}, {"system": None}, {"pid": None}, {"pid": 0}, {"pid": -1}, {"pid": 10**30}],
+        ids=str,
+    )
+    def test_what_cannot_be_known_from_here_is_not_said(self, holder, tmp_path, changed):
+        found = json.loads((tmp_path / OWNER_FILE).read_bytes())
+        holder.kill()
+        holder.wait()
+        assert how_ended(tmp_path) is not None
+        (tmp_path / OWNER_FILE).write_text(json.dumps(found | changed))
+        assert how_ended(tmp_path) is None
+
+    def test_another_users_process_that_proc_hides_is_alive(self, holder, tmp_path, monkeypatch):
+        def hidden(*_: object) -> None:
+            raise PermissionError
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "kill", hidden)
+            assert how_ended(tmp_path) is None
+            patch.setattr(owner_file, "_process", hidden)
+            assert how_ended(tmp_path) is None
+
+    def test_one_that_signed_off_or_never_was(self, tmp_path):
+        assert how_ended(tmp_path) is None
+        with Owner(tmp_path, print):
+            assert how_ended(tmp_path) is None
+        assert how_ended(tmp_path) == "it ended by a fault or an interrupt; its output says which"

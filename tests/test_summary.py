@@ -110,6 +110,7 @@ def test_state_of_a_run(tmp_path: Path) -> None:
     (tmp_path / "exit.json").write_text('{"status": "stopped", "iteration": 1, "reason": "SIGTERM"}\n')
     assert read_run(log).state == RunState("stopped", "SIGTERM")
     assert state_text(RunState("stopped", "SIGTERM")) == "stopped (SIGTERM)"
+    assert state_text(RunState("died", "process 7 on n1 was killed")) == "died (process 7 on n1 was killed)"
     (tmp_path / "exit.json").write_text('{"status": "finished", "iteration": 1, "reason": null}\n')
     assert read_run(tmp_path).state == RunState("finished")
 

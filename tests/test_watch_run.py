@@ -29,6 +29,7 @@ from megatron.instability import watching
 from megatron.instability.dashboard import Dashboard, sparkline
 from megatron.instability.watching import History, LogTail, WatchedRun
 from megatron.metrics import MetricsLogger
+from megatron.owner_file import own_entry
 
 PROGRAM = Path(__file__).resolve().parents[1] / "tools" / "watch_run.py"
 
@@ -153,6 +154,24 @@ class TestRun:
         assert run.state.word == "unreadable"
         assert "exit.json: expected" in " ".join(shown(run))
 
+    def test_a_killed_run_is_known_at_once_and_may_go_on(self, tmp_path: Path) -> None:
+        (write_losses(tmp_path, [4.0, 3.0]) / "config.yaml").write_text("train-tokens: 1000\nlr: 1e-3\n")
+        (tmp_path / "owner.json").write_text(json.dumps(own_entry()))
+        run = looked_at(tmp_path)
+        assert run.state.word == "running" and "ETA" in shown(run)[1]
+        killed = subprocess.Popen(["true"])
+        killed.wait()
+        (tmp_path / "owner.json").write_text(json.dumps(own_entry() | {"pid": killed.pid}))
+        lines = shown(run)
+        assert lines[0].endswith("  died") and "ETA" not in lines[1]
+        assert " ".join(lines).endswith(f"process {killed.pid} on {os.uname().nodename} was killed or crashed")
+        (tmp_path / "owner.json").write_text(json.dumps(own_entry()))
+        assert run.state.word == "running"
+        (tmp_path / "owner.json").write_text("")
+        assert run.state == ("died", "it ended by a fault or an interrupt; its output says which")
+        (tmp_path / "exit.json").write_text('{"status": "stopped", "iteration": 2, "reason": "SIGTERM"}')
+        assert run.state == ("stopped", "SIGTERM")
+
     def test_progress_follows_the_log_and_the_plan(self, tmp_path: Path) -> None:
         write_losses(tmp_path, [4.0, 3.0, 2.0, 1.5], tokens=100, seconds=0.5)  # a step a second, with all there is
         assert looked_at(tmp_path).goal is None
@@ -166,6 +185,11 @@ class TestRun:
         )
         # 8 + 24 * t/4 rounded down to a multiple of 8 at steps 1 to 3, then 32.
         assert looked_at(tmp_path).goal == 4 * (8 + 16 + 24 + 7 * 32)
+        assert "batch" not in " ".join(shown(looked_at(tmp_path)))
+        append(tmp_path / "metrics.jsonl", '{"iteration": 5, "consumed_tokens": 500, "global_batch_size": 3}\n')
+        assert "step 5  batch 3" in " ".join(shown(looked_at(tmp_path)))
+        append(tmp_path / "metrics.jsonl", '{"iteration": 6, "consumed_tokens": 600, "global_batch_size": 4}\n')
+        assert "batch" not in " ".join(shown(looked_at(tmp_path)))
         (tmp_path / "config.yaml").write_text("no-such-flag: 1\n")
         assert looked_at(tmp_path).goal is None
 

@@ -23,17 +23,20 @@ STYLES = {
     "finished": "cyan",
     "stopped": "yellow",
     "diverged": "bold red",
+    "died": "bold red",
     "unreadable": "bold red",
 }
+BATCH = "global_batch_size"
 FIELDS = (
     ("iteration", "step", ",.0f"),
     ("loss", "loss", ".4f"),
     ("loss_ratio", "loss ratio", ".3f"),
     ("seqlen", "seqlen", ".0f"),
+    (BATCH, "batch", ".0f"),
     ("lr", "lr", ".1e"),
     ("grad_norm", "grad norm", ".2f"),
 )
-"""Field of a step, its name here, and how it is written."""
+"""Field of a step, its name here, and how it is written; the batch while it is warmed up."""
 BLOCKS, ASCII_BLOCKS = "▁▂▃▄▅▆▇█", "_.-=+*%#"
 BRIEF = 2
 """Lines of a run in brief."""
@@ -134,7 +137,8 @@ def _progress(run: WatchedRun, width: int, *, moving: bool, ascii_only: bool) ->
 
 
 def _fields(run: WatchedRun) -> list[str]:
-    found = [(label, style, number(run.step, name)) for name, label, style in FIELDS]
+    hidden = () if (number(run.step, BATCH) or math.inf) < (run.full_batch or 0) else (BATCH,)
+    found = [(label, style, number(run.step, name)) for name, label, style in FIELDS if name not in hidden]
     parts = [f"{label} {value:{style}}" for label, style, value in found if value is not None]
     if run.speed is not None:
         parts.append(f"{format_count(run.speed)} tok/s")

@@ -24,6 +24,7 @@ from megatron.instability.zeroshot_results import (
     read_results,
 )
 from megatron.metrics import METRICS_FILE, json_safe, read_lines
+from megatron.owner_file import OWNER_FILE, how_ended
 
 EXIT_FILE = "exit.json"
 """Beside the log, where a run did not just die: {"status": one of ENDS, "iteration", "reason"}."""
@@ -34,11 +35,11 @@ ENDS = ("finished", "stopped", "diverged")
 class RunState:
     """Whether a run goes on."""
 
-    status: Literal["finished", "stopped", "diverged", "running"]
-    """Diverged: a loss or gradient that was not finite ended it. Running: it has not ended in order, so that it goes on
-    or has died; `silent` tells which is likely."""
+    status: Literal["finished", "stopped", "diverged", "died", "running"]
+    """Diverged: a loss or gradient that was not finite ended it. Died: it has ended otherwise. Running: it goes on, or
+    has died where that cannot be seen from here; `silent` tells which is likely."""
     reason: str | None = None
-    """Why it was stopped, or how it diverged."""
+    """Why it was stopped, or how it diverged or died."""
     silent: float | None = None
     """Seconds since a running one last wrote to its log."""
 
@@ -113,7 +114,7 @@ def read_run(directory: Path | str, *, name: str | None = None) -> Run:
     if path.is_dir() or path.suffix != ".jsonl":
         path = path / METRICS_FILE
     if not path.is_file():
-        if not any((path.parent / name).is_file() for name in ("owner.json", "config.yaml")):
+        if not any((path.parent / name).is_file() for name in (OWNER_FILE, "config.yaml")):
             raise UserError(f"{path}: no such file; expected the --save directory of a run")
         return Run(name or path.resolve().parent.name, {}, {}, path, state=RunState("running"))  # it is starting
     steps: list[dict[str, Any]] = []
@@ -361,10 +362,14 @@ def _wall_time(run: Run) -> float | None:
 
 
 def read_state(log: Path) -> RunState:
-    """What exit.json beside the log `log` says of the run; without one it has not ended in order."""
+    """What exit.json beside the log `log` says of the run; without one it has not ended in order, and owner.json may
+    tell whether it has ended."""
+    died = how_ended(log.parent)  # looked at first: who ends in order signs off after exit.json is written
     path = log.with_name(EXIT_FILE)
     with file_errors("read", path):
         if not path.exists():
+            if died:
+                return RunState("died", died)
             return RunState("running", silent=max(0.0, time.time() - log.stat().st_mtime))
         content = path.read_bytes()
     try:

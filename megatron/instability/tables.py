@@ -303,8 +303,8 @@ def zeroshot_footnotes(summaries: Sequence[RunSummary]) -> tuple[str, ...]:
 
 def state_text(state: RunState) -> str:
     """Such as "running", or "running or died: log silent for 25:00"."""
-    if state.status == "stopped" and state.reason:
-        return f"stopped ({state.reason})"
+    if state.status in ("stopped", "died") and state.reason:
+        return f"{state.status} ({state.reason})"
     if state.silent is not None and state.silent > SILENT_SECONDS:
         return f"running or died: log silent for {format_duration(state.silent)}"
     return state.status

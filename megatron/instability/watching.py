@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from megatron.arguments import build_parser, parse_config
+from megatron.config import Config
 from megatron.console import ProgressLine
 from megatron.errors import UserError
 from megatron.files import file_errors
@@ -120,7 +121,7 @@ class State(NamedTuple):
     """How a run is doing."""
 
     word: Literal[
-        "waiting", "starting", "reading", "running", "silent", "finished", "stopped", "diverged", "unreadable"
+        "waiting", "starting", "reading", "running", "silent", "finished", "stopped", "diverged", "died", "unreadable"
     ]
     """Waiting: there is no log. Starting: no step in it. Reading: more of it is there than was read. Silent: it goes on
     or has died, and was last written a while ago."""
@@ -148,6 +149,8 @@ class WatchedRun:
         self.spikes = 0
         self.goal: int | None = None
         """Tokens at the end of the run; None where its config.yaml does not say."""
+        self.full_batch: int | None = None
+        """The size of a batch after a warmup of it; None as for `goal`."""
         self._fault: str | None = None
         self._elapsed = 0.0
         self._pace: ProgressLine | None = None
@@ -163,7 +166,8 @@ class WatchedRun:
             self._clear()
         self._fault = fault or self._fault
         if entries and self._pace is None:
-            self.goal = _goal(self._config)
+            if config := _read(self._config):
+                self.goal, self.full_batch = target_tokens(config), config.training.global_batch_size
             # The estimates of the run's own progress line, by the clock of its log. It prints nothing.
             self._pace = ProgressLine(
                 self.name,
@@ -213,7 +217,7 @@ class WatchedRun:
 
     @property
     def seconds_left(self) -> float | None:
-        """Until the end, at the recent pace with what validations take."""
+        """Until the end, at the recent pace with what validations and saves take."""
         return self._pace.seconds_left() if self._pace else None
 
     def _take(self, entry: dict[str, Any]) -> None:
@@ -241,12 +245,11 @@ def number(entry: Mapping[str, Any] | None, name: str) -> float | None:
         return None
 
 
-def _goal(config: Path) -> int | None:
+def _read(path: Path) -> Config | None:
     try:
-        parsed, _ = parse_config(build_parser(), ["--config", str(config)])
+        return parse_config(build_parser(), ["--config", str(path)])[0]
     except UserError:  # none there, or of another version: the rest can be watched all the same
         return None
-    return target_tokens(parsed)
 
 
 def _ago(seconds: float) -> str:

@@ -19,8 +19,8 @@ from megatron.checkpointing.commit import make_directory
 from megatron.distributed.watch import leave
 from megatron.errors import UserError
 from megatron.files import file_errors
+from megatron.owner_file import OWNER_FILE, name_of, own_entry, parse_entry
 
-OWNER_FILE = "owner.json"
 BEAT_SECONDS = 5.0
 """How often an owner renews its entry."""
 SILENCE_SECONDS = 30.0
@@ -78,21 +78,20 @@ class Owner:
             locked = False
         found = self._read(file)
         if found and (not locked or found.get("host") != socket.gethostname()):
-            self._report(f"{self._path}: {_name(found)} did not sign off; waiting to see whether it is alive")
+            self._report(f"{self._path}: {name_of(found)} did not sign off; waiting to see whether it is alive")
             deadline = time.monotonic() + SILENCE_SECONDS
             while time.monotonic() < deadline:
                 time.sleep(min(1.0, SILENCE_SECONDS / 10))
                 if self._read(file).get("beat") != found.get("beat"):
                     raise self._taken(found)
         if found:
-            self._report(f"{self._path.parent}: taken over from {_name(found)}, which has died")
-        token = secrets.token_hex(8)
-        self._entry = {"host": socket.gethostname(), "pid": os.getpid(), "token": token, "beat": 0}
+            self._report(f"{self._path.parent}: taken over from {name_of(found)}, which has died")
+        self._entry = own_entry() | {"token": secrets.token_hex(8), "beat": 0}
         self._write(file)
 
     def _taken(self, found: dict[str, Any]) -> UserError:
         return UserError(
-            f"--save {self._path.parent} is in use by {_name(found)}: stop that run, or choose another directory"
+            f"--save {self._path.parent} is in use by {name_of(found)}: stop that run, or choose another directory"
         )
 
     def _renew(self, file: int) -> None:
@@ -105,16 +104,7 @@ class Owner:
                 self._write(file)
 
     def _write(self, file: int) -> None:
-        os.pwrite(file, json.dumps(self._entry).ljust(256).encode(), 0)
+        os.pwrite(file, json.dumps(self._entry).ljust(512).encode(), 0)
 
     def _read(self, file: int) -> dict[str, Any]:
-        """The entry; empty where nobody has left one, or only part of one."""
-        try:
-            entry = json.loads(os.pread(file, 4096, 0) or b"{}")
-        except ValueError:
-            return {}
-        return entry if isinstance(entry, dict) else {}
-
-
-def _name(entry: dict[str, Any]) -> str:
-    return f"process {entry.get('pid', '?')} on {entry.get('host', 'another machine')}"
+        return parse_entry(os.pread(file, 4096, 0))

@@ -68,7 +68,11 @@ def _pretrain(
     log = config.logging
     with (
         ProgressLine(
-            name, target_tokens=target_tokens(config), log_interval=log.log_interval, silent=not world.is_main
+            name,
+            target_tokens=target_tokens(config),
+            full_batch=config.training.global_batch_size,
+            log_interval=log.log_interval,
+            silent=not world.is_main,
         ) as console,
         StopRequest(minutes=config.training.exit_duration_in_mins, file=stop_file(config, world)) as stop,
         ExitStack() as owned,
