@@ -17,6 +17,7 @@ import pytest
 
 from megatron import deepspeed_config, old_flags
 from megatron.arguments import Parser, build_parser, parse_config
+from megatron.old_flags import SWITCHES
 from megatron.pacing.plan import plan_run
 
 ROOT = Path(__file__).parents[1]
@@ -204,13 +205,12 @@ def test_scripts_know_the_flags_and_variables_of_the_commands(before: list[str],
 FLAG = re.compile(r"(?<![\w-])--[A-Za-z][\w-]*")
 FOREIGN = """--nproc-per-node --nnodes --rdzv-backend --rdzv-endpoint --rdzv-id --max-restarts --master-addr --signal
 --requeue --nodes --time --batch --x --include_path --model_args --batch_size --model --tasks
---apply-residual-connection-post-layernorm --ddp-reduce-scatter-with-fp32-accumulation
---no-bias-gelu-fusion --dataset-impl --keep-newlines --split-sentences --logdir""".split()
+--ddp-reduce-scatter-with-fp32-accumulation --logdir""".split()
 """Flags of torchrun, SLURM, lm-eval, TensorBoard and Megatron-LM that pages name."""
 
 
 def test_flags_that_pages_name_exist(monkeypatch: pytest.MonkeyPatch) -> None:
-    known = set(FOREIGN) | set(old_flags.ADVICE) | set(old_flags.IGNORED) | {"--dry-run", "--help"}
+    known = set(FOREIGN) | set(old_flags.ADVICE) | set(old_flags.REFUSED_FAMILIES) | {"--dry-run", "--help"}
     for program in PROGRAMS:
         with monkeypatch.context() as patch:
             known |= set(parser_of(program, None, patch)._option_string_actions)
@@ -261,13 +261,25 @@ def test_every_row_of_the_troubleshooting_page_quotes_a_message() -> None:
 # Migration
 
 
+def quoted(words: str) -> str:
+    return ", ".join(f"`{word}`" for word in words.split())
+
+
 def test_every_old_flag_is_in_the_migration_guide_with_what_the_program_says() -> None:
     spellings = [
         [f"`{old}`", f"`--{field.replace('_', '-')}`"] for field, names in old_flags.ALIASES.items() for old in names
     ]
-    assert rows(MIGRATION, "aliases") == [*spellings, ["`--checkpoint-activations`", "`--recompute-granularity full`"]]
-    assert rows(MIGRATION, "ignored") == [[f"`{flag}`", why] for flag, (_, why) in old_flags.IGNORED.items()]
-    assert rows(MIGRATION, "gone") == [[f"`{flag}`", advice] for flag, advice in old_flags.ADVICE.items()]
+    switches = [[f"`{old}`", f"`--{field.replace('_', '-')} {value}`"] for old, (field, value) in SWITCHES.items()]
+    assert rows(MIGRATION, "aliases") == [*spellings, *switches]
+    for name, table in {"ignored": old_flags.IGNORED, "preprocessing": old_flags.PREPROCESSING}.items():
+        expected = [
+            [quoted(row.flags), row.why, f"only {quoted(row.values)}; else {row.instead}" if row.values else ""]
+            for row in table
+        ]
+        assert rows(MIGRATION, name) == expected
+    assert rows(MIGRATION, "gone") == [[quoted(flags), advice] for flags, advice in old_flags.REFUSED.items()]
+    families = [[f"`{start}`...", advice] for start, advice in old_flags.REFUSED_FAMILIES.items()]
+    assert rows(MIGRATION, "families") == families
 
 
 def test_every_key_of_deepspeeds_json_is_in_the_migration_guide() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from the source tree, installed or not
 
+from megatron import old_flags
 from megatron.data.documents import TEXT_UNITS
 from megatron.data.preprocessing import PreprocessConfig, preprocess
 from megatron.errors import run
@@ -93,6 +94,7 @@ def parse_arguments() -> argparse.Namespace:
         metavar="N",
         help="documents between two progress lines; 0: none (default: 1000)",
     )
+    old_flags.add_preprocessing(parser)
     return parser.parse_args()
 
 
