@@ -1,8 +1,8 @@
 """Time and memory to build the sample index of one epoch: python benchmarks/bench_sample_index.py --documents 10M
 
-By NumPy and by the compiled helper, in turn with NumPy copying as many bytes as the index has: the speed of memory. The
-lengths of the documents are made up (lognormal, sigma 1), no tokens are read. Each way runs in a process of its own, so
-that its peak memory is its own; `peak` leaves out what the process held before, the lengths among it.
+In turn with NumPy copying as many bytes as the index has: the speed of memory. The lengths of the documents are made up
+(lognormal, sigma 1), no tokens are read. Each way runs in a process of its own, so that its peak memory is its own;
+`peak` leaves out what the process held before, the lengths among it.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from processes import run_command
 
 from megatron.data.sample_index import (
     DOCUMENT_ORDER,
-    SAMPLE_ORDER,
     build_sample_index,
     count_samples,
-    fastest_locate,
     generator,
+    index_dtype,
     locate_samples,
+    shuffled,
 )
 from megatron.errors import run
 
 CHUNK = 1 << 22
 MIB = 2**20
-COPYING = "copying"
-SECONDS = ("seconds", "permute_documents", "locate", "permute_samples")
+OURS, COPYING = "ours", "copying"
+SECONDS = ("seconds", "shuffle documents", "locate samples")
 
 
 def make_lengths(documents: int, mean: float) -> np.ndarray:
@@ -56,23 +56,19 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def measure_build(way: str, documents: int, mean: float, seq_length: int) -> dict[str, Any]:
-    """Build the index once by `way`, then its parts once more each, to see where the time goes."""
-    locate = locate_samples if way == "numpy" else fastest_locate()
+def measure_build(documents: int, mean: float, seq_length: int) -> dict[str, Any]:
+    """Build the index once, then its parts once more each, to see where the time goes."""
     lengths = make_lengths(documents, mean)
     before = peak_memory()
     started = time.perf_counter()
-    index = build_sample_index(lengths, seq_length, 1, 0, locate)
+    index = build_sample_index(lengths, seq_length, 1, 0)
     total = time.perf_counter() - started
     peak = peak_memory() - before
-    samples = len(index.shuffle)
-    result = index.documents.nbytes + index.starts.nbytes + index.shuffle.nbytes
-    documents_in_order = index.documents
+    samples, order, result = len(index.shuffle), index.documents, sum(array.nbytes for array in vars(index).values())
     del index
     parts = {
-        "permute_documents": lambda: generator(1, 0, DOCUMENT_ORDER).permutation(np.int64(documents)),
-        "locate": lambda: locate(lengths, documents_in_order, seq_length, samples),
-        "permute_samples": lambda: generator(1, 0, SAMPLE_ORDER).permutation(np.int64(samples)),
+        "shuffle documents": lambda: shuffled(documents, order.dtype.type, generator(1, 0, DOCUMENT_ORDER)),
+        "locate samples": lambda: locate_samples(lengths, order, seq_length, samples),
     }
     return {
         "tokens": int(lengths.sum()),
@@ -88,7 +84,7 @@ def measure_copying(documents: int, mean: float, seq_length: int) -> dict[str, A
     """Copy an array of the size of the index into memory that is as fresh as the index's."""
     tokens = int(make_lengths(documents, mean).sum())
     samples = count_samples(tokens, seq_length)
-    array = np.ones(documents + 2 * (samples + 1) + samples, dtype=np.int64)
+    array = np.ones(documents + 2 * (samples + 1) + samples, dtype=index_dtype(documents))
     before = peak_memory()
     seconds = measure.timed(array.copy)
     result = {"tokens": tokens, "samples": samples, "seconds": seconds, **dict.fromkeys(SECONDS[1:])}
@@ -100,19 +96,13 @@ def main() -> int:
     parser.add_argument("--documents", type=positive, default=10_000_000, help="(default: 10M)")
     parser.add_argument("--mean-length", type=positive, default=500, help="tokens a document (default: 500)")
     parser.add_argument("--seq-length", type=positive, default=1024)
-    parser.add_argument(
-        "--way", choices=["numpy", "compiled", COPYING], help="measure one way once, and print a line of JSON"
-    )
+    parser.add_argument("--way", choices=[OURS, COPYING], help="measure one way once, and print a line of JSON")
     arguments = parser.parse_args()
     data = (arguments.documents, arguments.mean_length, arguments.seq_length)
     if arguments.way:
-        print(json.dumps(measure_copying(*data) if arguments.way == COPYING else measure_build(arguments.way, *data)))
+        print(json.dumps((measure_copying if arguments.way == COPYING else measure_build)(*data)))
         return 0
-    ways = ["numpy", COPYING]
-    if fastest_locate() is locate_samples:
-        print("the compiled helper is not installed: NumPy only (python setup.py build_ext --inplace builds it)")
-    else:
-        ways.insert(1, "compiled")
+    ways = [OURS, COPYING]
     found: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
 
     def once(way: str) -> float:

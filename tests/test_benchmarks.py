@@ -47,7 +47,7 @@ PROGRAMS: dict[str, tuple[str | list[str], list[str]]] = {
         "--input {text} --vocab-size 300 --repeats 1 --grow 2",
         ["ours, 1 core", "Hugging Face, 1 core", "ours, 2 cores", "Hugging Face, 2 cores"] * 2,
     ),
-    "bench_sample_index.py": ("--documents 2K --repeats 1", ["numpy", "copying"]),
+    "bench_sample_index.py": ("--documents 2K --repeats 1", ["ours", "copying"]),
     "bench_loading.py": (
         "--tokens 50K --seq-length 64 --seqlen 32 --sequences 4 --batches 2 --repeats 1",
         ["ours", "nanoGPT", "NumPy copying"],

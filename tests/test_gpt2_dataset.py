@@ -175,7 +175,7 @@ class TestCache:
         elif damage == "other shape":
             np.save(path, array[:-1])
         elif damage == "other type":
-            np.save(path, array.astype(np.int32))
+            np.save(path, array.astype(np.int16))
         else:
             np.save(path, np.array([{"a": 1}], dtype=object), allow_pickle=True)
         with caplog.at_level(logging.WARNING):
@@ -255,7 +255,7 @@ class TestCache:
             read(dataset(corpus, cache_dir=str(tmp_path)), range(5))
         assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
-    @pytest.mark.parametrize("room", [20, 200, 600])
+    @pytest.mark.parametrize("room", [20, 200, 300])
     def test_disk_that_fills_up_while_the_index_is_written(
         self, room: int, corpus: CorpusInMemory, tmp_path: Path
     ) -> None:

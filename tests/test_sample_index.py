@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
-import subprocess
-import sys
 from pathlib import Path
 from random import Random
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,61 +12,30 @@ from corpora import obvious_starts
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron.data.sample_index import Locate, build_sample_index, count_samples, locate_samples, order_version
+from megatron.data import sample_index
+from megatron.data.index_cache import IndexKey, load_or_build
+from megatron.data.sample_index import (
+    SampleIndex,
+    build_sample_index,
+    count_samples,
+    index_dtype,
+    order_version,
+    shuffled,
+)
 from megatron.errors import UserError
 
 lengths_of_documents = st.lists(st.integers(0, 12), min_size=1, max_size=30)
-ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture(scope="session")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Locate:
-    """`locate_samples` of sample_index.cpp, built here as the installation builds it."""
-    directory = tmp_path_factory.mktemp("build")
-    command = ["setup.py", "build_ext", "--build-lib", str(directory), "--build-temp", str(directory / "temp")]
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
-    found = list(directory.glob("megatron/data/_sample_index*.so"))
-    if not found:
-        pytest.skip(f"the optional helper was not built (no compiler, pybind11 or setuptools): {done.stderr[-300:]}")
-    spec = importlib.util.spec_from_file_location("_sample_index", found[0])
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.locate_samples
-
-
-@pytest.fixture(params=["numpy", "compiled"], scope="session")
-def locate(request: pytest.FixtureRequest) -> Locate:
-    return locate_samples if request.param == "numpy" else request.getfixturevalue("compiled")
-
-
-@given(lengths_of_documents, st.integers(1, 20), st.randoms(use_true_random=False))
-def test_starts_equal_a_walk_over_the_stream(
-    locate: Locate, lengths: list[int], seq_length: int, random: Random
-) -> None:
+@given(lengths_of_documents, st.integers(1, 20), st.integers(1, 12), st.randoms(use_true_random=False))
+def test_starts_equal_a_walk_over_the_stream(lengths: list[int], seq_length: int, chunk: int, random: Random) -> None:
     samples = count_samples(sum(lengths), seq_length)
     order = random.sample(range(len(lengths)), len(lengths))
     if samples == 0:
         return
-    found = locate(np.array(lengths), np.array(order), seq_length, samples)
-    assert found.dtype == np.int64 and found.flags.c_contiguous
+    with mock.patch.object(sample_index, "CHUNK", chunk):
+        found = sample_index.locate_samples(np.array(lengths), np.array(order), seq_length, samples)
     assert list(map(tuple, found.tolist())) == obvious_starts(lengths, order, seq_length)
-
-
-def test_compiled_helper_refuses_what_would_make_it_read_or_write_elsewhere(compiled: Locate) -> None:
-    lengths = np.array([5, 5])
-    for documents, samples, message in [([0, 2], 4, "out of range"), ([-1, 0], 4, "out of range"), ([0], 4, "so many")]:
-        with pytest.raises(ValueError, match=message):
-            compiled(lengths, np.array(documents), 2, samples)
-    with pytest.raises(TypeError):
-        compiled(lengths.astype(np.int32), np.array([0, 1]), 2, 4)
-
-
-def test_compiled_helper_equals_numpy_on_many_documents(compiled: Locate) -> None:
-    lengths = np.random.default_rng(0).lognormal(3, 2, 20_000).astype(np.int64)
-    for seq_length in (1, 64, 4096):
-        one, other = (build_sample_index(lengths, seq_length, 1, 0, way) for way in (locate_samples, compiled))
-        assert (one.starts == other.starts).all() and (one.shuffle == other.shuffle).all()
 
 
 @given(lengths_of_documents, st.integers(1, 20), st.integers(0, 5), st.integers(0, 5))
@@ -83,7 +50,20 @@ def test_index_of_an_epoch(lengths: list[int], seq_length: int, seed: int, epoch
     assert sorted(index.shuffle) == list(range(samples))
     assert list(map(tuple, index.starts.tolist())) == obvious_starts(lengths, index.documents.tolist(), seq_length)
     for array in (index.documents, index.starts, index.shuffle):
-        assert array.dtype == np.int64
+        assert array.dtype == np.int32
+
+
+@pytest.mark.parametrize("lengths", [[5, 6, 0, 7], [5, 2**31 - 1], [5, 2**31]])
+def test_numbers_take_four_bytes_where_they_fit(lengths: list[int]) -> None:
+    index = build_sample_index(np.array(lengths), 2**20 if lengths[-1] > 9 else 4, 1, 0)
+    assert index.starts.dtype == index.documents.dtype == (np.int64 if lengths[-1] == 2**31 else np.int32)
+    assert index_dtype(2**31 - 1) is np.int32 and index_dtype(2**31) is np.int64
+
+
+@given(st.integers(0, 2000), st.integers(0, 9))
+def test_the_order_does_not_depend_on_the_type(count: int, seed: int) -> None:
+    orders = [shuffled(count, dtype, np.random.default_rng(seed)).tolist() for dtype in (np.int32, np.int64)]
+    assert orders[0] == orders[1] == np.random.default_rng(seed).permutation(count).tolist()
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 8])
@@ -105,9 +85,9 @@ def test_no_documents() -> None:
         build_sample_index(np.array([], dtype=np.int64), 8, 1, 0)
 
 
-def test_more_than_two_to_the_31_tokens(locate: Locate) -> None:
+def test_more_than_two_to_the_31_tokens() -> None:
     lengths = np.array([3_000_000_000, 0, 5_000_000_000, 7])
-    index = build_sample_index(lengths, 1_000_000, 1, 0, locate)
+    index = build_sample_index(lengths, 1_000_000, 1, 0)
     assert len(index.shuffle) == 8000
     stream = np.cumsum(lengths[index.documents]) - lengths[index.documents]
     places = stream[index.starts[:, 0]] + index.starts[:, 1]
@@ -142,3 +122,14 @@ def test_golden_values() -> None:
     assert index.shuffle.tolist() == [2, 4, 0, 3, 5, 1, 6]
     assert build_sample_index(np.array([3, 0, 4, 1, 5, 9, 2, 6]), 4, 1234, 1).shuffle.tolist() == [2, 5, 3, 6, 0, 4, 1]
     assert order_version()[:16] == "53a300350ed625a6"
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+def test_the_cache_keeps_either_type(dtype: type, tmp_path: Path) -> None:
+    built = SampleIndex(np.arange(2, dtype=dtype), np.array([[0, 0], [0, 4], [1, 3]], dtype), np.arange(2, dtype=dtype))
+    key = IndexKey("corpus", range(2), seq_length=4, seed=1, epoch=0)
+    load_or_build(tmp_path, key, 9, lambda: built, "train")
+    read = load_or_build(tmp_path, key, 9, lambda: pytest.fail("built twice"), "train")
+    for name, array in vars(built).items():
+        assert getattr(read, name).dtype == dtype
+        assert (getattr(read, name) == array).all()

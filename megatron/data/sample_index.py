@@ -5,16 +5,14 @@ is its tokens [j * seq_length, (j + 1) * seq_length], both ends included: seq_le
 last is the first of sample j + 1, as in Megatron-LM. A second random order says which sample comes when.
 
 Both orders follow from (seed, epoch) alone, never from the length of the run, so a longer run sees the same
-beginning. All counts are int64: corpora of more than 2^31 tokens, documents or samples are ordinary.
+beginning. Corpora of more than 2^31 tokens, documents or samples are ordinary.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,23 +20,25 @@ from numpy.typing import NDArray
 from megatron.errors import UserError
 
 Int64Array = NDArray[np.int64]
-Locate = Callable[[Int64Array, Int64Array, int, int], Int64Array]
+IndexArray = NDArray[np.signedinteger]
 
 DOCUMENT_ORDER = 0
 SAMPLE_ORDER = 1
 """Third word of the random seed: which of an epoch's two orders is drawn."""
+CHUNK = 2**17
+"""Documents whose samples are located at a time: what is needed for them stays in the cache."""
 
 
 @dataclass(frozen=True)
 class SampleIndex:
-    """One epoch of one split. Arrays may be read-only views of a mapped file."""
+    """One epoch of one split: arrays of one type (`index_dtype`), which may be read-only views of a mapped file."""
 
-    documents: Int64Array
+    documents: IndexArray
     """[documents] the split's documents in this epoch's order, numbered from 0 within the split."""
-    starts: Int64Array
+    starts: IndexArray
     """[samples + 1, 2] position in `documents` and offset in that document of each sample's first token. The
     row after a sample's own gives its last token; the last row is the last token of the last sample."""
-    shuffle: Int64Array
+    shuffle: IndexArray
     """[samples] the epoch's i-th sample is sample `shuffle[i]` of the stream."""
 
 
@@ -71,45 +71,48 @@ def order_version() -> str:
     return hashlib.sha256(generator(0, 0, DOCUMENT_ORDER).permutation(1000).astype("<i8").tobytes()).hexdigest()
 
 
-def locate_samples(lengths: Int64Array, documents: Int64Array, seq_length: int, samples: int) -> Int64Array:
+def locate_samples(lengths: Int64Array, documents: IndexArray, seq_length: int, samples: int) -> IndexArray:
     """Position and offset of the tokens 0, seq_length, .. samples * seq_length of the stream.
 
     The stream is made of the documents `documents` (numbers into `lengths`, [documents] tokens), one after the
-    other; some may be empty. Returns [samples + 1, 2] int64, as `SampleIndex.starts`. The compiled helper of the
-    same name gives the same.
+    other; some may be empty. Returns [samples + 1, 2] of the type of `documents`, as `SampleIndex.starts`.
     """
-    ends = lengths[documents]
-    np.cumsum(ends, out=ends)
-    starts = np.empty((samples + 1, 2), dtype=np.int64)
-    positions, offsets = starts[:, 0], starts[:, 1]
-    offsets[:] = np.arange(0, (samples + 1) * seq_length, seq_length, dtype=np.int64)
-    positions[:] = np.searchsorted(ends, offsets, side="right")  # the first document that ends after the token
-    later = int(np.searchsorted(positions, 1))  # from this row on documents other than the first, which begins at 0
-    offsets[later:] -= ends[positions[later:] - 1]
+    starts = np.empty((samples + 1, 2), dtype=documents.dtype)
+    found = before = 0  # starts found, and tokens before the chunk
+    for first in range(0, len(documents), CHUNK):
+        ends = before + np.cumsum(lengths[documents[first : first + CHUNK]])
+        stop = min(samples + 1, -(-int(ends[-1]) // seq_length))
+        tokens = np.arange(found * seq_length, stop * seq_length, seq_length, dtype=np.int64)
+        within = np.searchsorted(ends, tokens, side="right")  # the first document that ends after the token
+        begins = np.concatenate(([before], ends[:-1]))
+        starts[found:stop, 0] = first + within
+        starts[found:stop, 1] = tokens - begins[within]
+        found, before = stop, int(ends[-1])
     return starts
 
 
-def build_sample_index(
-    document_lengths: Int64Array, seq_length: int, seed: int, epoch: int, locate: Locate | None = None
-) -> SampleIndex:
+def build_sample_index(document_lengths: Int64Array, seq_length: int, seed: int, epoch: int) -> SampleIndex:
     """The index of epoch `epoch` over the documents of a split, from their lengths in tokens alone.
 
-    `document_lengths` is [documents] int64, in the order of the file. `locate` is `locate_samples` (default: the
-    compiled helper where it was built). Raises UserError where the documents together do not fill one sample.
+    `document_lengths` is [documents] int64, in the order of the file. Raises UserError where the documents together do
+    not fill one sample.
     """
     num_tokens = int(document_lengths.sum(dtype=np.int64))
     require_sample(num_tokens, seq_length, "the documents of this split")
     samples = count_samples(num_tokens, seq_length)
-    documents = generator(seed, epoch, DOCUMENT_ORDER).permutation(np.int64(len(document_lengths)))
-    starts = (locate or fastest_locate())(document_lengths, documents, seq_length, samples)
-    shuffle = generator(seed, epoch, SAMPLE_ORDER).permutation(np.int64(samples))
-    return SampleIndex(documents=documents, starts=starts, shuffle=shuffle)
+    dtype = index_dtype(max(len(document_lengths), samples, int(document_lengths.max())))
+    documents = shuffled(len(document_lengths), dtype, generator(seed, epoch, DOCUMENT_ORDER))
+    starts = locate_samples(document_lengths, documents, seq_length, samples)
+    return SampleIndex(documents, starts, shuffled(samples, dtype, generator(seed, epoch, SAMPLE_ORDER)))
 
 
-def fastest_locate() -> Locate:
-    """The compiled `locate_samples` where the installation could build it, else the one of NumPy."""
-    try:
-        from megatron.data import _sample_index  # type: ignore[attr-defined] # noqa: PLC0415 (may not be there)
-    except ImportError:
-        return locate_samples
-    return cast(Locate, _sample_index.locate_samples)
+def index_dtype(largest: int) -> type[np.int32 | np.int64]:
+    """The type of an index with numbers up to `largest`: four bytes where they are enough."""
+    return np.int32 if largest <= np.iinfo(np.int32).max else np.int64
+
+
+def shuffled(count: int, dtype: type[np.int32 | np.int64], random: np.random.Generator) -> IndexArray:
+    """`random.permutation(count)`, whose order does not depend on the type, in fewer bytes."""
+    numbers: IndexArray = np.arange(count, dtype=dtype)
+    random.shuffle(numbers)
+    return numbers
