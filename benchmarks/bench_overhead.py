@@ -35,7 +35,6 @@ from megatron import console, metrics
 from megatron.config import Config, ModelConfig, OptimizerConfig, TrainingConfig
 from megatron.data.batch import Batch
 from megatron.errors import run
-from megatron.optimizer.adamw import gradients, scale_and_clip, squared_norm
 from megatron.optimizer.moment_statistics import moment_statistics
 from megatron.pacing.plan import StepPlan
 from megatron.training.loop import Run
@@ -96,7 +95,7 @@ def main() -> int:
         )
         parts = all_parts(ours, watched, plan, rows, Path(directory), opened)
         alone = {part.name: median_of(part.call, arguments.calls) for part in parts}
-        update = median_of(clip_and_update(ours), arguments.calls)
+        update = median_of(ours.clip_and_update(), arguments.calls)
     report(arguments, parts, alone, seconds, update)
     return 0
 
@@ -154,20 +153,6 @@ def all_parts(
         Part("its TensorBoard", lambda: tensorboard.log_step(entry), of_log=True),
         Part("its progress line", lambda: line.update(entry), of_log=True),
     ]
-
-
-def clip_and_update(ours: c.Ours) -> Callable[[], None]:
-    """What a step does once, whatever its tokens: norm, clipping and update, here with gradients of zero."""
-    parameters = list(ours.state.model.parameters())
-    for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)
-    grads = gradients(parameters)
-
-    def update() -> None:
-        scale_and_clip(grads, squared_norm(grads).sqrt(), loss_scale=1.0, max_norm=1.0)
-        ours.state.optimizer.step()
-
-    return update
 
 
 def synchronised(call: Callable[[], object]) -> float:

@@ -38,6 +38,7 @@ def main() -> int:
     parser.add_argument("--train-tokens", type=positive, default=1_000_000, help="of each run (default: 1M)")
     parser.add_argument("--start", type=positive, default=64, help="first length (default: 64)")
     parser.add_argument("--warmup-iters", type=positive, default=40, help="steps to full length (default: 40)")
+    parser.add_argument("--multiple", type=positive, default=8, help="lengths are multiples of it (default: 8)")
     arguments = parser.parse_args()
     model, vocab_size = c.model_of(arguments)
     bf16 = c.use_bf16(arguments.precision, measure.machine()["bf16"])
@@ -66,7 +67,7 @@ def main() -> int:
         flags = [f"--{key}={value}" for key, value in common.items()] + ["--bf16"] * bf16
 
         warmup = ["--seqlen-warmup=linear", f"--seqlen-start={arguments.start}"]
-        warmup += [f"--seqlen-warmup-iters={arguments.warmup_iters}"]
+        warmup += [f"--seqlen-warmup-iters={arguments.warmup_iters}", f"--seqlen-multiple={arguments.multiple}"]
         ways = {BASELINE: [], SLW: warmup, FIXED: [*warmup, "--fixed-micro-batch"]}
         found: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
         contestants = {way: partial(train, directory, [*flags, *own], found[way]) for way, own in ways.items()}
