@@ -30,6 +30,9 @@ COUNTERPARTS: dict[str, tuple[str, type]] = {
 }
 """Key -> (setting, type). Those of a block that is switched on or off, or of another form, have a function below."""
 
+BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+"""Keys of which the first is the product of the others and the data parallel ranks."""
+
 SCALING: dict[str, tuple[str, type]] = {
     "fp16.loss_scale_window": ("loss_scale_window", int),
     "fp16.hysteresis": ("hysteresis", int),
@@ -43,6 +46,18 @@ GROWTH: dict[str, str] = {
     "schedule_config.difficulty_step": "seqlen_multiple",
 }
 """Key of the curriculum -> setting, for fixed_linear and fixed_root."""
+
+METRICS = {"seqlen_truncate": "truncate", "seqlen_reshape": "reshape"}
+"""Metric of the data_efficiency block's curriculum -> --seqlen-realisation."""
+
+REFUSED: dict[str, str] = {
+    "scheduler": "give --lr-warmup-iters, --lr-decay-style and --lr-decay-tokens or --lr-decay-iters in its place",
+    "amp": "enable bf16 or fp16 in its place",
+    "progressive_layer_drop": "every layer is trained in every step here",
+    "sparse_attention": "attention is dense here",
+    "quantize_training": "there is no quantised training here",
+}
+"""Block that changes what is trained and has no counterpart -> what to do. Switched off it is ignored."""
 
 KEY_OF_FLAG = {
     "--seqlen-start": "min_difficulty",
@@ -59,6 +74,7 @@ KINDS: dict[type, str] = {
     float: "a number, not negative",
     str: "a text",
     list: "a list of positive whole numbers",
+    dict: "an object",
     object: "a value",
 }
 """Kind of value that a key may have -> its name in messages."""
@@ -93,34 +109,101 @@ def read_deepspeed_config(path: Path) -> DeepSpeedConfig:
             missing or has a value of another type, and where curriculum or optimizer is none that there is here.
     """
     document = _Document(path)
+    for block, instead in REFUSED.items():
+        if document.switched_on(block):
+            document.fail(block, f"changes what is trained, and is not read: {instead}")
     settings = document.settings(COUNTERPARTS)
-    notes: list[str] = []
+    notes = _batch_notes(document)
     full_length = None
     if document.has("optimizer"):
         settings |= _optimizer(document)
-    if document.has("bf16"):
-        settings["bf16"] = document.need("bf16.enabled", bool)
-    if document.has("fp16"):
-        settings |= _fp16(document)
+    settings |= _precision(document)
     if document.has("zero_optimization"):
         stage = document.choose("zero_optimization.stage", 0, 1, 2, 3)
         settings["zero_stage"] = 2 if stage == 1 else stage
         if stage == 1:
-            notes.append(f"{document.name}: zero_optimization.stage 1 is read as 2, which shares out gradients too")
+            notes.append("zero_optimization.stage 1 is read as 2, which shares out gradients too")
+        settings |= _offload(document)
+    warmup: dict[str, Any] = {}
     if document.has("curriculum_learning"):
-        warmup, full_length = _curriculum(document)
-        # How a sample is made short is no matter of the schedule, unless there is none.
-        kept = {"seqlen_realisation"} if full_length is not None else set()
-        settings |= {name: value for name, value in asdict(warmup).items() if name not in kept}
+        block = "curriculum_learning"
+        if document.need(f"{block}.enabled", bool):
+            document.choose(f"{block}.curriculum_type", "seqlen")
+            warmup, full_length = _curriculum(document, block)
+        else:
+            warmup = asdict(SeqlenWarmupConfig())
+    if metric := _data_efficiency_metric(document):
+        if full_length is not None:
+            document.fail("data_efficiency", "expected it switched off beside curriculum_learning: keep one of them")
+        warmup, full_length = _curriculum(document, metric)
+        warmup["seqlen_realisation"] = METRICS[metric.rpartition(".")[2]]
+    settings |= warmup
     if ignored := document.ignored():
-        notes.append(f"{document.name}: ignored: {', '.join(ignored)}")
-    return DeepSpeedConfig(path, settings, full_length, notes)
+        notes.append(f"ignored: {', '.join(ignored)}")
+    return DeepSpeedConfig(path, settings, full_length, [f"{document.name}: {note}" for note in notes])
+
+
+def _batch_notes(document: _Document) -> list[str]:
+    """What is to be said of the batch; raises where its three keys contradict each other, as DeepSpeed does."""
+    batch, micro, steps = (document.get(key, int) for key in BATCH)
+    if batch is None and micro is not None:
+        shown = f"{micro} x {steps or 1} x its data parallel ranks"
+        return [f"without train_batch_size, --global-batch-size decides (DeepSpeed takes {shown})"]
+    if steps is None:
+        return []
+    product = (micro or 1) * steps
+    if batch is not None and batch % product:
+        shown = " and ".join(f"{key} {value}" for key, value in zip(BATCH[1:], (micro, steps), strict=True) if value)
+        document.fail("train_batch_size", f"expected a multiple of {shown} together, {product}, found {batch}")
+    ranks = f" ({batch // product} in DeepSpeed)" if batch and micro else ""
+    return [f"gradient_accumulation_steps {steps} is not read: it follows from both batches and the ranks{ranks}"]
+
+
+def _precision(document: _Document) -> dict[str, Any]:
+    settings: dict[str, Any] = {}
+    for block in ("bfloat16", "bf16"):  # the first is the older name
+        if document.has(block):
+            settings["bf16"] = document.need(f"{block}.enabled", bool)
+    if document.has("fp16"):
+        settings |= _fp16(document)
+    if settings.get("bf16") and settings.get("fp16"):
+        document.fail("fp16.enabled", "expected false where bf16.enabled is true: keep one of them")
+    return settings
+
+
+def _offload(document: _Document) -> dict[str, Any]:
+    """Weights and optimizer state go to the host's memory together here."""
+    block, devices = "zero_optimization", []
+    for part in ("offload_optimizer", "offload_param"):
+        if document.get(f"{block}.{part}.device", object) is not None:
+            devices.append(document.choose(f"{block}.{part}.device", "none", "cpu"))
+    return {"optimizer_cpu_offload": "cpu" in devices} if devices else {}
+
+
+def _data_efficiency_metric(document: _Document) -> str | None:
+    """The key of the metric by which the data_efficiency block's curriculum truncates; None without one."""
+    block = "data_efficiency"
+    if not document.has(block) or not document.need(f"{block}.enabled", bool):
+        return None
+    if document.get(f"{block}.data_routing.enabled", bool):
+        document.fail(f"{block}.data_routing.enabled", "expected false: there is no random layer-token drop here")
+    learning = f"{block}.data_sampling.curriculum_learning"
+    if not all(document.get(f"{part}.enabled", bool) for part in (learning.rpartition(".")[0], learning)):
+        return None
+    metrics = f"{learning}.curriculum_metrics"
+    names = list(document.need(metrics, dict))
+    if len(names) != 1 or names[0] not in METRICS:
+        document.fail(metrics, f"expected {' or '.join(METRICS)} alone, found {_shown(names)}")
+    document.choose(f"{metrics}.{names[0]}.difficulty_type", "value")
+    return f"{metrics}.{names[0]}"
 
 
 def _optimizer(document: _Document) -> dict[str, Any]:
     name = document.need("optimizer.type", str)
     if name.lower() not in ("adam", "adamw"):  # DeepSpeed's Adam decouples the weight decay too, by default
         document.fail("optimizer.type", f"expected Adam or AdamW, found {_shown(name)}")
+    if document.get("optimizer.params.adam_w_mode", bool) is False:
+        document.fail("optimizer.params.adam_w_mode", "expected true, found false: weight decay is decoupled here")
     betas = document.get("optimizer.params.betas", object)
     if betas is None:
         return {}
@@ -145,16 +228,12 @@ def _fp16(document: _Document) -> dict[str, Any]:
     return settings
 
 
-def _curriculum(document: _Document) -> tuple[SeqlenWarmupConfig, int | None]:
-    """The sequence length warmup of the curriculum, and the length that it leads to."""
-    block = "curriculum_learning"
-    if not document.need(f"{block}.enabled", bool):
-        return SeqlenWarmupConfig(), None
-    document.choose(f"{block}.curriculum_type", "seqlen")
+def _curriculum(document: _Document, block: str) -> tuple[dict[str, Any], int]:
+    """The settings of the sequence length warmup of the curriculum in `block`, and the length that it leads to."""
     schedule = document.choose(f"{block}.schedule_type", "fixed_linear", "fixed_root", "fixed_discrete")
     full_length = document.need(f"{block}.max_difficulty", int)
     if schedule == "fixed_discrete":
-        settings = _stages(document, full_length)
+        settings = _stages(document, block, full_length)
     else:
         settings = {name: document.need(f"{block}.{key}", int) for key, name in GROWTH.items()}
         settings["seqlen_warmup"] = schedule.removeprefix("fixed_")
@@ -165,12 +244,13 @@ def _curriculum(document: _Document) -> tuple[SeqlenWarmupConfig, int | None]:
         warmup.check(full_length)
     except UserError as error:
         document.fail(block, re.sub(r"--[a-z-]+", lambda flag: KEY_OF_FLAG.get(flag[0], flag[0]), str(error)))
-    return warmup, full_length
+    settings = asdict(warmup)
+    del settings["seqlen_realisation"]  # how a sample is made short is no matter of the schedule
+    return settings, full_length
 
 
-def _stages(document: _Document, full_length: int) -> dict[str, Any]:
+def _stages(document: _Document, block: str, full_length: int) -> dict[str, Any]:
     """fixed_discrete: difficulty [1, 2, 3] and max_step [5, 10] are length 1 in steps 1-5, 2 in 6-10, and then 3."""
-    block = "curriculum_learning"
     key = f"{block}.schedule_config.difficulty"
     start = document.need(f"{block}.min_difficulty", int)
     lengths = document.need(key, list)
@@ -208,6 +288,11 @@ class _Document:
     def has(self, block: str) -> bool:
         """Whether the file has this block."""
         return block in self._content
+
+    def switched_on(self, block: str) -> bool:
+        """Whether the file has this block, and does not switch it off."""
+        content = self._content.get(block)
+        return bool(content) and not (isinstance(content, dict) and content.get("enabled") is False)
 
     def get(self, key: str, kind: type) -> Any:
         """The value of `key`, one of KINDS, or None where the file has no such key."""
@@ -252,10 +337,10 @@ class _Document:
         paths: list[tuple[str, ...]] = []
         for key, value in content.items():
             path = (*above, key)
-            if path in self._asked:
-                continue
-            known = any(asked[: len(path)] == path for asked in self._asked)
-            paths += self._unasked(value, path) if known else [path]
+            if any(asked[: len(path)] == path for asked in self._asked - {path}):
+                paths += self._unasked(value, path)
+            elif path not in self._asked:
+                paths.append(path)
         return paths
 
     def _load(self, path: Path) -> dict[str, Any]:

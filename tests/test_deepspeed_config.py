@@ -14,6 +14,7 @@ import pytest
 
 from megatron.arguments import build_parser, parse_config, to_yaml
 from megatron.config import Config
+from megatron.deepspeed_config import read_deepspeed_config
 from megatron.errors import UserError
 from megatron.pacing.seqlen_warmup import SeqlenSchedule
 from megatron.progress import Progress
@@ -62,8 +63,8 @@ def test_the_tutorial_is_the_flags_that_it_stands_for(capsys: pytest.CaptureFixt
     for flag in ("--deepspeed-config", "--deepspeed_config"):
         assert parse(flag, TUTORIAL) == expected
         assert capsys.readouterr().err == (
-            f"note: --deepspeed-config {TUTORIAL}: ignored: "
-            "gradient_accumulation_steps, optimizer.params.max_grad_norm\n"
+            f"note: --deepspeed-config {TUTORIAL}: gradient_accumulation_steps 1 is not read: it follows from both "
+            f"batches and the ranks\nnote: --deepspeed-config {TUTORIAL}: ignored: optimizer.params.max_grad_norm\n"
         )
 
 
@@ -87,25 +88,109 @@ def test_every_key_with_a_counterpart(path: Path, capsys: pytest.CaptureFixture[
             "min_loss_scale": 2,
         },
         "bf16": {"enabled": False},
-        "zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}},
+        "zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu", "pin_memory": True}, "overlap_comm": True},
+        "wall_clock_breakdown": True,
+        "amp": {"enabled": False},
         "curriculum_learning": curriculum("fixed_root", 32, 1024, **{
             "total_curriculum_step": 99, "difficulty_step": 16, "root_degree": 3, "strange\nname": 1,
         }),
-        "data_efficiency": {"enabled": False},
+        "data_efficiency": {"enabled": False, "seed": 1},
         "a.b": 1,
     }  # fmt: skip
     flags = (
         "--global-batch-size 48 --micro-batch-size 6 --clip-grad 0.25 --log-interval 7 --lr 1e-3 --adam-beta1 0.8 "
         "--adam-beta2 0.99 --adam-eps 1e-6 --weight-decay 0.2 --fp16 --loss-scale 128 --initial-loss-scale 65536 "
-        "--loss-scale-window 500 --hysteresis 4 --min-loss-scale 2 --zero-stage 2 --seqlen-warmup root "
+        "--loss-scale-window 500 --hysteresis 4 --min-loss-scale 2 --zero-stage 2 --cpu-optimizer --seqlen-warmup root "
         "--seqlen-start 32 --seqlen-warmup-iters 99 --seqlen-multiple 16 --seqlen-root-degree 3"
     )
     assert parse("--deepspeed-config", write(path, document)) == parse(*flags.split())
     assert capsys.readouterr().err.splitlines() == [
         f"note: --deepspeed-config {path}: zero_optimization.stage 1 is read as 2, which shares out gradients too",
-        f"note: --deepspeed-config {path}: ignored: optimizer.params.torch_adam, zero_optimization.offload_optimizer, "
-        'curriculum_learning.schedule_config."strange\\nname", data_efficiency, "a.b"',
+        f"note: --deepspeed-config {path}: ignored: optimizer.params.torch_adam, "
+        "zero_optimization.offload_optimizer.pin_memory, zero_optimization.overlap_comm, wall_clock_breakdown, amp, "
+        'curriculum_learning.schedule_config."strange\\nname", data_efficiency.seed, "a.b"',
     ]
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "steps", "note"),
+    [
+        (48, 6, 4, "gradient_accumulation_steps 4 is not read: it follows from both batches and the ranks (2 in Deep"),
+        (
+            None,
+            6,
+            4,
+            "without train_batch_size, --global-batch-size decides (DeepSpeed takes 6 x 4 x its data parallel",
+        ),
+        (None, 6, None, "without train_batch_size, --global-batch-size decides (DeepSpeed takes 6 x 1 x its data para"),
+        (48, 6, None, ""),
+    ],
+)
+def test_the_batch_is_explained(
+    path: Path, batch: int | None, micro: int, steps: int | None, note: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    write(path, {key: value for key, value in zip(keys, (batch, micro, steps), strict=True) if value})
+    training = parse("--deepspeed-config", path, *([] if batch else ["--global-batch-size", "12"])).training
+    assert (training.global_batch_size, training.micro_batch_size) == (batch or 12, micro)
+    said = capsys.readouterr().err
+    assert said.count("\n") == bool(note) and note in said
+
+
+@pytest.mark.parametrize(("metric", "realisation"), [("seqlen_truncate", "truncate"), ("seqlen_reshape", "reshape")])
+def test_the_curriculum_of_data_efficiency(path: Path, metric: str, realisation: str) -> None:
+    write(path, data_efficiency(metric))
+    flags = (
+        "--seqlen-warmup root --seqlen-start 80 --seqlen-warmup-iters 110000 --seqlen-root-degree 2 --seq-length 2048 "
+        f"--seqlen-realisation {realisation}"
+    )
+    assert parse("--deepspeed-config", path, "--seq-length", "2048") == parse(*flags.split())
+    assert read_deepspeed_config(path).notes == [
+        f"--deepspeed-config {path}: ignored: data_efficiency.data_sampling.curriculum_learning.data_cluster_path, "
+        f"data_efficiency.data_sampling.curriculum_learning.curriculum_metrics.{metric}.clustering_type"
+    ]
+
+
+def data_efficiency(metric: str, **others: object) -> dict[str, Any]:
+    """The block of that name, as the later scripts for GPT have it."""
+    block = curriculum("fixed_root", 80, 2048, total_curriculum_step=110_000, difficulty_step=8, root_degree=2)
+    del block["enabled"], block["curriculum_type"]
+    metrics = {metric: {**block, "difficulty_type": "value", "clustering_type": "single_cluster"}, **others}
+    learning = {"enabled": True, "data_cluster_path": "x", "curriculum_metrics": metrics}
+    return {"data_efficiency": {"enabled": True, "data_sampling": {"enabled": True, "curriculum_learning": learning}}}
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        (data_efficiency("vocabularyrarity"), 'expected seqlen_truncate or seqlen_reshape alone, found ["vocabularyr'),
+        (data_efficiency("seqlen_truncate", voc={}), 'reshape alone, found ["seqlen_truncate", "voc"]'),
+        ({"data_efficiency": {"enabled": True, "data_routing": {"enabled": True}}}, "no random layer-token drop here"),
+        ({"train_batch_size": 48, "train_micro_batch_size_per_gpu": 6, "gradient_accumulation_steps": 5},
+         "train_batch_size: expected a multiple of train_micro_batch_size_per_gpu 6 and gradient_accumulation_steps 5 "
+         "together, 30, found 48"),
+        ({"train_batch_size": 48, "gradient_accumulation_steps": 5}, "of gradient_accumulation_steps 5 together, 5, f"),
+        ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, "fp16.enabled: expected false where bf16.enabled is"),
+        ({"scheduler": {"type": "WarmupLR"}}, "scheduler: changes what is trained, and is not read: give --lr-warmup"),
+        ({"amp": {"enabled": True}}, "amp: changes what is trained, and is not read: enable bf16 or fp16"),
+        ({"optimizer": {"type": "Adam", "params": {"adam_w_mode": False}}}, "adam_w_mode: expected true, found false"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "expected none or cpu, found "),
+    ],
+)  # fmt: skip
+def test_what_would_be_another_run_is_refused(path: Path, document: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse("--deepspeed-config", write(path, document), "--seq-length", "2048")
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_one_curriculum_at_a_time(path: Path) -> None:
+    block = curriculum("fixed_linear", 8, 2048, total_curriculum_step=9, difficulty_step=8)
+    with pytest.raises(UserError, match="data_efficiency: expected it switched off beside curriculum_learning"):
+        parse("--deepspeed-config", write(path, {"curriculum_learning": block, **data_efficiency("seqlen_truncate")}))
+
+
+def test_the_older_name_of_bf16(path: Path) -> None:
+    assert parse("--deepspeed-config", write(path, {"bfloat16": {"enabled": True}})).training.bf16
 
 
 def test_recipes_then_the_file_then_flags(path: Path) -> None:
