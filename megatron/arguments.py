@@ -13,7 +13,6 @@ import difflib
 import inspect
 import math
 import re
-import sys
 import types
 import typing
 from collections.abc import Sequence
@@ -27,7 +26,7 @@ from megatron import old_flags
 from megatron.config import MODEL_SIZES, Config, Count, ModelConfig
 from megatron.counts import parse_count
 from megatron.deepspeed_config import read_deepspeed_config
-from megatron.errors import CommandLineError, UserError
+from megatron.errors import CommandLineError, UserError, note
 
 SECTIONS: dict[str, type] = typing.get_type_hints(Config)
 """Section name -> dataclass, in the order of --help."""
@@ -307,8 +306,8 @@ def _parse(parser: Parser, argv: Sequence[str]) -> tuple[Config, argparse.Namesp
     else:
         deepspeed = read_deepspeed_config(Path(files.deepspeed_config))
         vars(given).update(deepspeed.settings)
-        for note in deepspeed.notes:
-            print(f"note: {note}", file=sys.stderr)
+        for text in deepspeed.notes:
+            note(text)
         namespace = parser.parse_known(argv, given)
         deepspeed.check_seq_length(getattr(namespace, "seq_length", ModelConfig.seq_length))
     return config_from(vars(namespace)), namespace

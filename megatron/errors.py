@@ -38,6 +38,12 @@ class SharedError(UserError):
     """What another rank has failed with and reports itself; this one only leaves."""
 
 
+def note(text: str) -> None:
+    """Say `text` on stderr, of several processes the first alone: all of them have been given the same."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"note: {text}", file=sys.stderr)
+
+
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Run `main` and leave with its status; what a user can mend becomes one line on stderr, without a traceback unless
     MEGATRON_DEBUG is set in the environment.

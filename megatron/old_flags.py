@@ -8,10 +8,9 @@ reason, with all the flags that it holds for; docs/migration.md shows the same r
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import Any, NamedTuple
 
-from megatron.errors import UserError
+from megatron.errors import UserError, note
 
 ALIASES: dict[str, list[str]] = {
     "lr_warmup_iters": ["--warmup-iters"],
@@ -254,7 +253,7 @@ class _Ignore(argparse.Action):
         given, row = " ".join(values), self._row
         if row.values and given not in row.values.split():
             raise UserError(f"{option_string} {given} is not offered here: {row.instead}")
-        print(f"note: {option_string} does nothing here: {row.why}", file=sys.stderr)
+        note(f"{option_string} does nothing here: {row.why}")
 
 
 class _Refuse(argparse.Action):

@@ -6,6 +6,7 @@ import argparse
 import ast
 import functools
 import importlib
+import importlib.util
 import re
 import shlex
 import subprocess
@@ -242,9 +243,26 @@ def messages() -> str:
     return "\n".join(found)
 
 
+TORCHRUNS = re.compile(r"<!-- torchrun -->.*?<!-- end -->", re.DOTALL)
+"""What torchrun says, on the page of what the program says."""
+
+
+def troubleshooting() -> str:
+    return TORCHRUNS.sub("", (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8"))
+
+
 def quoted_messages() -> list[str]:
-    lines = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8").splitlines()
-    return [m[1] for m in map(re.compile(r"\| `([^`]+)`(?: \(a note\))? \| ").match, lines) if m]
+    return re.findall(r"^\| `([^`]+)`(?: \(a note\))? \| ", troubleshooting(), re.MULTILINE)
+
+
+def test_what_torchrun_says_is_what_it_says() -> None:
+    spec = importlib.util.find_spec("torch.distributed.elastic")
+    assert spec and spec.origin
+    said = "".join(path.read_text(encoding="utf-8") for path in Path(spec.origin).parent.rglob("*.py"))
+    cells = [row[0] for row in rows(ROOT / "docs/troubleshooting.md", "torchrun")]
+    quoted = [span for cell in cells for span in re.findall("`(.*?)`", cell)]
+    parts = [part for span in quoted for part in re.split(r"\.\.\.|SIGTERM|-?\d+$", span) if part.strip()]
+    assert len(parts) > 7 and not [part for part in parts if part not in said]
 
 
 @pytest.mark.parametrize("message", quoted_messages())
@@ -253,7 +271,7 @@ def test_a_message_of_the_troubleshooting_page_is_one_of_the_program(message: st
 
 
 def test_every_row_of_the_troubleshooting_page_quotes_a_message() -> None:
-    text = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    text = troubleshooting()
     heads = text.count("| message | cause |")
     assert len(quoted_messages()) == sum(line.startswith("|") for line in text.splitlines()) - 2 * heads > 60
 

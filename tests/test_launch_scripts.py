@@ -331,6 +331,7 @@ def test_a_second_interrupt_ends_workers_that_do_not_answer(tmp_path, trainer, s
     output, _ = process.communicate(timeout=DEADLINE)
     assert process.returncode == 75, output
     assert (tmp_path / "asked-0").read_text() == "SIGTERM"
+    assert "torchrun: ended by SIGTERM; SAVE/exit.json says" in output and "Traceback" not in output
 
 
 @pytest.mark.parametrize(("how", "status"), [("finish", 0), ("crash", 1)])
@@ -340,6 +341,8 @@ def test_the_status_is_that_of_the_run(tmp_path, trainer, how, status):
     result = run(LAUNCHER, how, TRAINER=trainer, SAVE=str(tmp_path), GPUS_PER_NODE="2")
     assert result.returncode == status, result.stderr
     assert stale.exists() == (how == "finish")
+    assert ("was the first to fail, with exit code 3" in result.stderr) == (how == "crash")
+    assert "Traceback" not in result.stderr
 
 
 @pytest.fixture
@@ -351,6 +354,7 @@ def idle_torchrun(tmp_path):
     for directory in (package.parent, package, elastic.parent, elastic):
         (directory / "__init__.py").touch()
     (elastic / "errors.py").write_text("class ChildFailedError(Exception): pass\n")
+    (elastic / "api.py").write_text("class SignalException(Exception): pass\n")
     (package / "run.py").write_text(
         "import pathlib, signal, sys, time\n"
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))\n"

@@ -99,6 +99,17 @@ def test_old_flags_that_do_nothing_say_why(words: list[str], capsys: pytest.Capt
     assert note.startswith(f"note: {words[0]} does nothing here: ") and len(note) > len(words[0]) + 40
 
 
+def test_of_several_processes_one_says_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "ds.json").write_text('{"x": 1}')
+    words = ["--mmap-warmup", "--deepspeed-config", str(tmp_path / "ds.json")]
+    for rank, count in (("0", 2), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        parse(*words)
+        assert capsys.readouterr().err.count("note: ") == count
+
+
 @pytest.mark.parametrize("words", flags(REFUSED) + flags(LATER["refused"]), ids=lambda words: words[0])
 def test_flags_that_are_gone_say_what_to_do(words: list[str]) -> None:
     with pytest.raises(UserError) as caught:
