@@ -88,7 +88,9 @@ def test_every_key_with_a_counterpart(path: Path, capsys: pytest.CaptureFixture[
             "min_loss_scale": 2,
         },
         "bf16": {"enabled": False},
-        "zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu", "pin_memory": True}, "overlap_comm": True},
+        "zero_optimization": {
+            "stage": 1, "overlap_comm": True, "offload_optimizer": {"device": "cpu", "pin_memory": True}
+        },
         "wall_clock_breakdown": True,
         "amp": {"enabled": False},
         "curriculum_learning": curriculum("fixed_root", 32, 1024, **{
@@ -107,7 +109,7 @@ def test_every_key_with_a_counterpart(path: Path, capsys: pytest.CaptureFixture[
     assert capsys.readouterr().err.splitlines() == [
         f"note: --deepspeed-config {path}: zero_optimization.stage 1 is read as 2, which shares out gradients too",
         f"note: --deepspeed-config {path}: ignored: optimizer.params.torch_adam, "
-        "zero_optimization.offload_optimizer.pin_memory, zero_optimization.overlap_comm, wall_clock_breakdown, amp, "
+        "zero_optimization.overlap_comm, zero_optimization.offload_optimizer.pin_memory, wall_clock_breakdown, amp, "
         'curriculum_learning.schedule_config."strange\\nname", data_efficiency.seed, "a.b"',
     ]
 
