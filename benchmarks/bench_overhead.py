@@ -119,7 +119,7 @@ def watched_run(ours: c.Ours, model: ModelConfig, rows: np.ndarray, directory: P
     }
     run = Run(
         config, ours.state, eod=None, metrics=log, console=line, forward_step=forward_step, settings={},
-        world=ours.world, **still,
+        world=ours.world, saved=False, **still,
     )  # fmt: skip
     run._train_step = ours.train_step  # with its precision and compiled as the one without
     return run

@@ -427,6 +427,28 @@ def test_a_longer_run_goes_on_and_a_finished_one_has_nothing_to_do(corpus, strai
     assert [e["iteration"] for e in log_of(tmp_path / "b") if "event" not in e] == [21, 22]
 
 
+def test_a_finished_run_started_again_does_what_is_missing_and_writes_no_checkpoint(corpus, straight, tmp_path):
+    home = tmp_path / "run"
+    shutil.copytree(straight, home)
+    log = home / "metrics.jsonl"
+    lines = log.read_text().splitlines()
+    assert json.loads(lines[-1])["event"] == "test"
+    log.write_text("\n".join(lines[:-1]) + "\n")  # as of a stop in the last evaluation
+
+    def written() -> set[tuple[Path, int]]:
+        return {(path, path.stat().st_ino) for path in (home / "checkpoints").rglob("*")}
+
+    before = written()
+    message = "nothing left to do: the run has ended with step 20"
+    for nothing_to_do in (False, True):
+        again = run(corpus, "--train-iters", "20", "--save", str(home), "--load", str(home))
+        assert again.returncode == 0, again.stderr
+        assert (message in again.stdout.splitlines()) == nothing_to_do
+        assert log_of(home) == log_of(straight)
+        assert json.loads((home / "exit.json").read_text())["status"] == "finished"
+        assert written() == before
+
+
 def test_another_run_in_the_same_directory_is_refused(corpus, straight):
     result = run(corpus, "--train-iters", "20", "--save", str(straight))
     assert result.returncode == 1

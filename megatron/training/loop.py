@@ -57,7 +57,10 @@ class Run:
         world: World,
         watch: Watch,
         stop: StopRequest,
+        *,
+        saved: bool,
     ) -> None:
+        """`saved`: --save holds a checkpoint of `state` as it is."""
         self.config = config
         self.state = state
         self.schedules = Schedules(config)
@@ -80,7 +83,8 @@ class Run:
         )  # fmt: skip
         self._faults = FaultHandler(config, state, world, datasets.train, saver, metrics, console)
         self._started = time.monotonic() - state.elapsed_seconds
-        self._saved_iteration: int | None = None
+        self._began = state.progress.iteration
+        self._saved_iteration = self._began if saved else None
 
     def train(self) -> int:
         """Step until a limit is reached or a stop is asked for."""
@@ -112,19 +116,22 @@ class Run:
         self._console.print_last()
         # Adaptive pacing has yet to hear of a validation that is due, should the run be made longer; the others need it
         # only for the log.
-        self.state.validation_due &= self.state.adaptive.on
-        self.save()
+        if self.state.validation_due and not self.state.adaptive.on:
+            self.state.validation_due, self._saved_iteration = False, None
+        worked = self.save() or self.state.progress.iteration > self._began
         done = self._logged()
         if self.state.validation_due:
             self._validate(logged="validation" in done)
-            self.save()
+            worked |= self.save()
         elif "validation" not in done:
-            self._evaluate(self._datasets.validation, "validation")
+            worked |= self._evaluate(self._datasets.validation, "validation") is not None
         if self.config.evaluation.test and "test" not in done:
-            self._evaluate(self._datasets.test, "test")
+            worked |= self._evaluate(self._datasets.test, "test") is not None
         if self._world.any(self._stop.reason is not None):
             return self._stopped(self._stop.reason or OTHER_RANK)
         self._leave("finished", None)
+        if not worked:
+            self._console.message(f"nothing left to do: the run has ended with step {self.state.progress.iteration:,}")
         return EXIT_FINISHED
 
     def _stopped(self, reason: str) -> int:
@@ -257,12 +264,12 @@ class Run:
         self._console.validation(entry, event=event)
         return result
 
-    def save(self) -> None:
-        """Save a checkpoint of this step, unless there is one or no --save was given."""
+    def save(self) -> bool:
+        """Save a checkpoint of this step, unless there is one or no --save was given; whether it did."""
         state, checkpoint = self.state, self.config.checkpoint
         iteration = state.progress.iteration
         if checkpoint.save is None or self._saved_iteration == iteration:
-            return
+            return False
         self._watch.at(f"saving step {iteration:,}")
         state.elapsed_seconds = self._elapsed()
         rng = self._world.gather(capture_rng()) if checkpoint.save_rng else None
@@ -273,6 +280,7 @@ class Run:
             config_text=to_yaml(self.config),
         )
         self._saved_iteration = iteration
+        return True
 
     def _stop_reason(self) -> str | None:
         interval = self.config.training.exit_interval

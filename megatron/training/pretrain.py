@@ -25,6 +25,7 @@ from megatron.pacing.plan import target_tokens
 from megatron.training.description import describe
 from megatron.training.home import (
     check_homes,
+    continues,
     find_checkpoint,
     open_home,
     resume,
@@ -114,7 +115,7 @@ def _pretrain(
             )
             run = Run(
                 config, state, datasets, vocabulary.eod, loader, metrics, console, saver, forward_step, settings,
-                world, watch, stop,
+                world, watch, stop, saved=source is not None and continues(config.checkpoint),
             )  # fmt: skip
             try:
                 return run.train()
