@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,6 +14,9 @@ from megatron.files import write_atomic
 
 ID_FILE = "wandb-id"
 """In the run's directory: W&B's name of the run, so that a resume goes on with it."""
+INIT_SECONDS = 20.0
+"""How long the start of a run waits for W&B's answer; INIT_VARIABLE in the environment says otherwise."""
+INIT_VARIABLE = "WANDB_INIT_TIMEOUT"
 FINISH_SECONDS = 60.0
 """How long the end of a run waits for what is still to be sent."""
 
@@ -45,6 +49,8 @@ def open_wandb(
         # neither writes there nor reads along.
         setup(settings=Settings(silent=True))
         quiet = Settings(silent=True, console="off", finish_timeout=FINISH_SECONDS)
+        if INIT_VARIABLE not in os.environ:
+            quiet.init_timeout = INIT_SECONDS
         return init(**arguments, settings=quiet)
 
     return WandB(config, home, settings, report, start)

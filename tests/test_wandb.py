@@ -114,6 +114,16 @@ def test_every_number_arrives_and_a_resume_goes_on_with_the_run(tmp_path: Path, 
     assert [run.exit_code for run in wandb.runs] == [0, 1, 0]
 
 
+def test_the_start_waits_for_20_seconds_or_as_the_environment_says(
+    tmp_path: Path, wandb: FakeWandb, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_INIT_TIMEOUT", raising=False)
+    log_run(tmp_path)
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "300")
+    log_run(tmp_path)
+    assert [getattr(one["settings"], "init_timeout", None) for one in wandb.started] == [20.0, None]
+
+
 def test_steps_are_thinned_and_validations_are_not(
     tmp_path: Path, wandb: FakeWandb, monkeypatch: pytest.MonkeyPatch
 ) -> None:
