@@ -325,9 +325,7 @@ def main(parts: str, directory: Path, rank: int, ranks: int) -> None:
             timeout=timeout,
         )
         control, second = dist.new_group(timeout=timeout), dist.new_group(timeout=timeout)
-    worlds = {
-        name: World(rank, rank, layout, control=control, background=second) for name, layout in LAYOUTS[ranks].items()
-    }
+    worlds = {name: World(rank, layout, control=control, background=second) for name, layout in LAYOUTS[ranks].items()}
     seen: dict[str, Any] = {}
     for part in parts.split("+"):
         seen |= PARTS[part](directory, worlds) or {}

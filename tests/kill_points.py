@@ -135,7 +135,7 @@ def connect(store: Path, rank: int, ranks: int) -> World:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=timeout)
     control, background = dist.new_group(timeout=timeout), dist.new_group(timeout=timeout)
     dist.barrier(group=control)
-    return World(rank, rank, LAYOUTS[ranks]["dp2"], control=control, background=background)
+    return World(rank, LAYOUTS[ranks]["dp2"], control=control, background=background)
 
 
 def attempt(

@@ -150,7 +150,6 @@ def test_message_says_what_was_expected_and_found_and_what_to_do(directory: Path
     shutil.rmtree(directory / "iter_0000005")
     with pytest.raises(UserError, match="there is no older whole checkpoint beside it"):
         load_checkpoint(newest(directory))
-    assert load_checkpoint(newest(directory), verify=False).iteration == 10
 
 
 def test_appended_bytes_and_foreign_shards_are_refused(directory: Path) -> None:

@@ -138,15 +138,15 @@ def read_back(path: Path, world: World, group: dist.ProcessGroup | None) -> None
         ) from error
 
 
-def load_checkpoint(path: Path, *, world: World = ALONE, verify: bool = True) -> Checkpoint:
+def load_checkpoint(path: Path, *, world: World = ALONE) -> Checkpoint:
     """Check the checkpoint `path` and read all of it but the tensors. All ranks call it.
 
-    Every rank checks the sizes of the files and, with `verify`, the digests of its share of them. Raises UserError,
-    on every rank, that names the damaged file, what was expected and found, and an older checkpoint to use.
+    Every rank checks the sizes of the files, and the digests of its share of them. Raises UserError, on every rank,
+    that names the damaged file, what was expected and found, and an older checkpoint to use.
     """
     path = Path(path)
     try:
-        return _open(path, world, verify)
+        return _open(path, world)
     except UserError as error:
         older = older_than(path)
         advice = (
@@ -220,13 +220,12 @@ def check_space(directory: Path, tensors: Mapping[str, Tensor]) -> None:
         )
 
 
-def _open(path: Path, world: World, verify: bool = True) -> Checkpoint:
+def _open(path: Path, world: World) -> Checkpoint:
     """`load_checkpoint` without its advice."""
 
     def check() -> int:
         manifest = open_manifest(path)
-        if verify:
-            check_digests(path, _share(manifest, world))
+        check_digests(path, _share(manifest, world))
         for name in (STATE, CONFIG):
             if name not in manifest.files:
                 raise UserError(f"{path}: its manifest has no {name}, so it is not a checkpoint of a run")

@@ -215,17 +215,10 @@ class IndexedDataset:
         digest.update(str(self.bin_path.stat().st_size).encode())
         return digest.hexdigest()
 
-    def read(self, sequence: int, offset: int = 0, length: int | None = None) -> npt.NDArray[Any]:
-        """`length` tokens of a sequence from `offset` on (all that follow, without a length): a view, read-only.
-
-        IndexError where they are not all inside the sequence.
-        """
-        size = int(self.sizes[sequence])
-        stop = size if length is None else offset + length
-        if not 0 <= offset <= stop <= size:
-            raise IndexError(f"tokens {offset} to {stop} are not inside sequence {sequence} of {size} tokens")
+    def read(self, sequence: int) -> npt.NDArray[Any]:
+        """All tokens of a sequence: a view, read-only. For other programs: training reads documents."""
         start = int(self._pointers[sequence]) // self.dtype.itemsize
-        return self.tokens[start + offset : start + stop]
+        return self.tokens[start : start + int(self.sizes[sequence])]
 
     def read_document(self, document: int) -> npt.NDArray[Any]:
         """All tokens of a document: a view, read-only."""

@@ -113,7 +113,8 @@ class IndexedDatasetWriter:
                 stream.close()
 
     def add_document(self, tokens: npt.ArrayLike, sequence_sizes: Sequence[int] | None = None) -> None:
-        """Add one document, as one sequence or cut into sequences of the given sizes.
+        """Add one document, as one sequence or cut into sequences of the given sizes: for programs that have tokens of
+        their own. Preprocessing adds many at once.
 
         ValueError where a token id does not fit `dtype`, or the sizes do not add up to the tokens.
         """

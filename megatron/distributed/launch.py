@@ -144,7 +144,6 @@ def connect(config: Config) -> Iterator[tuple[World, Watch]]:
         sizes = (layout.replicate, layout.shard, layout.tp)
         world = World(
             rank=environment.rank,
-            local_rank=environment.local_rank,
             layout=layout,
             device=device,
             mesh=init_device_mesh(device.type, sizes, mesh_dim_names=("replicate", "shard", "tp")),

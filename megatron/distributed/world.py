@@ -23,8 +23,6 @@ class World:
     """This process among those of its run. `World()` is a process by itself, on the CPU."""
 
     rank: int = 0
-    local_rank: int = 0
-    """Rank within the node."""
     layout: Layout = field(default_factory=Layout)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     mesh: DeviceMesh | None = None
