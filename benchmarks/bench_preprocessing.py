@@ -108,6 +108,7 @@ def make_contestants(workers: Sequence[int], vocabulary: tuple[str, str], direct
     def ours(cores: int, source: Path) -> Finished:
         command = [sys.executable, f"{measure.ROOT}/tools/preprocess_data.py", "--input", f"{source}", "--append-eod"]
         command += ["--output-prefix", f"{directory}/ours-{cores}", "--workers", f"{cores}", "--log-interval", "0"]
+        command += ["--overwrite"]
         return run_command([*command, "--vocab-file", vocabulary[0], "--merge-file", vocabulary[1]])
 
     def theirs(cores: int, source: Path) -> Finished:

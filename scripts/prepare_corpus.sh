@@ -28,7 +28,7 @@ step "tokenizer"
 tokenizer="$output/tokenizer"
 [ -e "$tokenizer/tokenizer.json" ] ||
     python "$root/tools/train_tokenizer.py" --input "$input" --text-unit "$text_unit" --vocab-size 4096 \
-        --output "$tokenizer"
+        --output "$tokenizer" --overwrite # of what was stopped halfway, if anything is there
 
 step "preprocessing"
 [ -e "$output/corpus_text_document.idx" ] ||

@@ -115,7 +115,8 @@ def encode(texts: str) -> Work:
     def work(directory: Path, world: World) -> None:
         inputs = directory.parents[1] / "inputs"
         files = TokenizerFiles(vocab_file=inputs / "vocab.json", merge_file=inputs / "merges.txt")
-        preprocess(PreprocessConfig([str(inputs / texts)], str(directory / "out/corpus"), files, log_interval=0))
+        output = str(directory / "out/corpus")
+        preprocess(PreprocessConfig([str(inputs / texts)], output, files, log_interval=0, overwrite=True))
 
     return work
 

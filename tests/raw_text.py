@@ -20,8 +20,8 @@ def jsonl(texts, key="text") -> bytes:
 
 
 def run(files: TokenizerFiles, tmp_path: Path, *inputs, **changes):
-    config = PreprocessConfig([str(path) for path in inputs], str(tmp_path / "out/d"), files, log_interval=0, **changes)
-    return preprocess(config)
+    changes = {"log_interval": 0, "overwrite": True} | changes
+    return preprocess(PreprocessConfig([str(path) for path in inputs], str(tmp_path / "out/d"), files, **changes))
 
 
 def decoded(files: TokenizerFiles, prefix: str | Path) -> list[str]:

@@ -15,7 +15,9 @@ from pathlib import Path
 import pytest
 from raw_text import TEXTS, decoded, jsonl, pack, run
 
+from megatron.data import preprocessing
 from megatron.data.indexed_dataset import IndexedDataset
+from megatron.data.indexed_writer import IndexedDatasetWriter
 from megatron.data.preprocessing import PreprocessConfig
 from megatron.errors import UserError
 from megatron.tokenizer.build import TokenizerFiles
@@ -210,6 +212,38 @@ class TestWorkers:
         assert not (tmp_path / "d_text_document.bin.tmp").exists()
 
 
+def test_a_dataset_that_is_there_is_replaced_only_where_that_is_asked_for(files, tmp_path):
+    first, second = (pack(tmp_path / name, jsonl(texts)) for name, texts in (("a.jsonl", TEXTS), ("b.jsonl", ["new"])))
+    prefix = run(files, tmp_path, first, overwrite=False).prefixes[0]
+    with pytest.raises(UserError) as refused:
+        run(files, tmp_path, second, overwrite=False)
+    assert str(refused.value) == (
+        f"{prefix}.idx is already there: choose another --output-prefix, or replace it with --overwrite"
+    )
+    assert decoded(files, prefix) == TEXTS
+    run(files, tmp_path, second, overwrite=True)
+    assert decoded(files, prefix) == ["new"]
+
+
+def test_a_run_stopped_between_two_keys_goes_on_over_its_own_output(files, tmp_path, monkeypatch):
+    path = pack(tmp_path / "a.jsonl", b'{"title": "t", "text": "x"}\n')
+    monkeypatch.setattr(preprocessing, "SAVE_SECONDS", 0.0)
+    commit, committed = IndexedDatasetWriter._commit, []
+
+    def stopped(writer: IndexedDatasetWriter) -> None:
+        if committed:
+            raise KeyboardInterrupt
+        commit(writer)
+        committed.append(writer.prefix)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(IndexedDatasetWriter, "_commit", stopped)
+        run(files, tmp_path, path, json_keys=["title", "text"], overwrite=False)
+    assert Path(f"{committed[0]}.idx").exists()
+    summary = run(files, tmp_path, path, json_keys=["title", "text"], overwrite=False)
+    assert [decoded(files, prefix) for prefix in summary.prefixes] == [["t"], ["x"]]
+
+
 class TestTools:
     def test_train_preprocess_inspect_from_any_directory(self, corpus, tmp_path):
         trained = tool(
@@ -217,6 +251,15 @@ class TestTools:
         )
         assert trained.returncode == 0, trained.stderr
         assert "500 tokens" in trained.stdout
+        again = tool("train_tokenizer.py", "--input", "no.jsonl", "--vocab-size", 300, "--output", "tok", cwd=tmp_path)
+        assert again.stderr == (
+            "error: tok/tokenizer.json is already there: choose another --output, or replace it with --overwrite\n"
+        )
+        again = tool(
+            "train_tokenizer.py", "--input", corpus / "*.jsonl", "--vocab-size", 500, "--output", "tok", "--overwrite",
+            cwd=tmp_path,
+        )  # fmt: skip
+        assert again.returncode == 0, again.stderr
         made = tool(
             "preprocess_data.py",
             "--input",

@@ -80,6 +80,7 @@ def parse_arguments() -> argparse.Namespace:
     group.add_argument(
         "--output-prefix", required=True, metavar="PREFIX", help="writes PREFIX_KEY_document.bin, .idx and .json"
     )
+    group.add_argument("--overwrite", action="store_true", help="replace a dataset that is already there")
     group.add_argument(
         "--workers",
         type=int,

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from the so
 
 from megatron.data.documents import TEXT_UNITS, find_inputs, read_texts
 from megatron.errors import run
-from megatron.tokenizer.training import train_bpe
+from megatron.tokenizer.training import check_free, train_bpe
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -50,12 +50,15 @@ def parse_arguments() -> argparse.Namespace:
         "--min-frequency", type=int, default=2, metavar="N", help="pairs that are rarer are not joined (default: 2)"
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="directory for the three files")
+    parser.add_argument("--overwrite", action="store_true", help="replace those that are already there")
     return parser.parse_args()
 
 
 def main() -> None:
     """Train, and say what was written."""
     arguments = parse_arguments()
+    if not arguments.overwrite:
+        check_free(Path(arguments.output))
     files = find_inputs(arguments.input, arguments.input_format, arguments.text_unit)
     trained = train_bpe(
         read_texts(files, arguments.json_keys),

@@ -38,7 +38,7 @@ from megatron.data.documents import (
     parse_chunk,
     read_chunks,
 )
-from megatron.data.indexed_dataset import best_dtype
+from megatron.data.indexed_dataset import best_dtype, paths_of
 from megatron.data.indexed_writer import IndexedDatasetWriter, PartLostError, PartWritten
 from megatron.data.progress_line import ProgressLine
 from megatron.data.resuming import (
@@ -81,6 +81,8 @@ class PreprocessConfig:
     """So many bad documents are passed over and counted; one more is an error."""
     max_document_mb: float = 128
     """Largest document (line, paragraph, text file, row), in 10^6 bytes."""
+    overwrite: bool = False
+    """Replace a dataset that stands under the output's name."""
 
     def __post_init__(self) -> None:
         for flag, value in (
@@ -133,8 +135,9 @@ class _Encoded:
 def preprocess(config: PreprocessConfig) -> Summary:
     """Encode every document of `config.input` into one dataset for each key.
 
-    UserError for bad input, naming the file and line, and where a worker dies; then nothing stands under a final name,
-    and what was saved before is kept under temporary ones, for the same command to go on from.
+    UserError where a dataset stands there already, unless it may be replaced; for bad input, naming the file and line;
+    and where a worker dies. Then nothing more stands under a final name, and what was saved before is kept under
+    temporary ones, for the same command to go on from.
     """
     tokenizer = config.tokenizer.build()
     files = find_inputs(config.input, config.input_format, config.text_unit)
@@ -142,6 +145,12 @@ def preprocess(config: PreprocessConfig) -> Summary:
     point_path = Path(f"{prefixes[0]}.progress.tmp")
     run = describe(files, config.json_keys, tokenizer, config.append_eod, config.max_document_bytes)
     point = read_point(point_path, run)
+    if point is None and not config.overwrite:  # with a point, this very run has been stopped, perhaps between two keys
+        for index in (paths_of(prefix)[1] for prefix in prefixes):
+            if index.exists():
+                raise UserError(
+                    f"{index} is already there: choose another --output-prefix, or replace it with --overwrite"
+                )
     try:
         summary = _preprocess(config, tokenizer, files, prefixes, point_path, point or ResumePoint(run))
     except PartLostError as error:

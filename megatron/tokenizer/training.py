@@ -18,6 +18,9 @@ SMALLEST_VOCABULARY = 257
 """256 bytes and <|endoftext|>."""
 
 
+TOKENIZER_FILE, VOCAB_FILE, MERGE_FILE = NAMES = ("tokenizer.json", "vocab.json", "merges.txt")
+
+
 @dataclass(frozen=True)
 class TrainedTokenizer:
     """What train_bpe has written."""
@@ -68,15 +71,20 @@ def train_bpe(
     vocab = dict(sorted(final.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1]))
 
     directory = Path(output)
-    written = TrainedTokenizer(
-        directory / "tokenizer.json", directory / "vocab.json", directory / "merges.txt", len(vocab)
-    )
+    written = TrainedTokenizer(directory / TOKENIZER_FILE, directory / VOCAB_FILE, directory / MERGE_FILE, len(vocab))
     with file_errors("write", directory):
         directory.mkdir(parents=True, exist_ok=True)
     write_atomic(written.vocab_file, json.dumps(vocab, ensure_ascii=False) + "\n")
     write_atomic(written.merge_file, "#version: 0.2\n" + "".join(f"{left} {right}\n" for left, right in merges))
     write_atomic(written.tokenizer_file, final.to_str(pretty=True) + "\n")
     return written
+
+
+def check_free(directory: Path) -> None:
+    """UserError where a file that `train_bpe` writes is there already: text may have been encoded with it."""
+    for path in (directory / name for name in NAMES):
+        if path.exists():
+            raise UserError(f"{path} is already there: choose another --output, or replace it with --overwrite")
 
 
 class _Counted:
