@@ -25,7 +25,8 @@ import measure
 from flags import make_parser, positive
 from processes import Finished, run_command
 
-from megatron.data.documents import find_inputs, read_texts
+from megatron.data.chunks import find_inputs
+from megatron.data.documents import read_texts
 from megatron.data.stdlib_corpus import write_stdlib_corpus
 from megatron.data.unpacking import unpacked
 from megatron.errors import UserError, run

@@ -18,7 +18,7 @@ from megatron.checkpointing.checkpoint import load_checkpoint
 from megatron.checkpointing.commit import reap_temporary
 from megatron.checkpointing.saver import Saver
 from megatron.checkpointing.state import collect, restore
-from megatron.data import documents, preprocessing
+from megatron.data import chunks, preprocessing
 from megatron.data.gpt2_dataset import GPT2Dataset
 from megatron.data.indexed_dataset import IndexedDataset
 from megatron.data.preprocessing import PreprocessConfig, preprocess
@@ -105,7 +105,7 @@ def train_ranks(until: int, *, background: bool = False) -> Work:
 
 def encode_in_parts(directory: Path, world: World) -> None:
     """Preprocess in chunks of a few documents, noting after each how far it has come."""
-    documents.CHUNK_BYTES, preprocessing.SAVE_SECONDS = 4096, 0.0
+    chunks.CHUNK_BYTES, preprocessing.SAVE_SECONDS = 4096, 0.0
     encode("texts.jsonl")(directory, world)
 
 

@@ -12,17 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from raw_text import TEXTS, decoded, jsonl, pack, run
 
-from megatron.data import documents
-from megatron.data.documents import (
-    CHUNK_BYTES,
-    BadDocument,
-    Document,
-    ReadPosition,
-    find_inputs,
-    parse_chunk,
-    read_chunks,
-    read_texts,
-)
+from megatron.data import chunks
+from megatron.data.chunks import CHUNK_BYTES, BadDocument, ReadPosition, find_inputs, read_chunks
+from megatron.data.documents import Document, parse_chunk, read_texts
 from megatron.data.indexed_dataset import IndexedDataset
 from megatron.errors import UserError
 from megatron.tokenizer.build import TokenizerFiles
@@ -123,7 +115,7 @@ class TestBadInput:
     @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.txt", "a.txt.gz"])
     def test_empty_file(self, files, tmp_path, name, content):
         path, good = pack(tmp_path / name, content), pack(tmp_path / "good.jsonl", jsonl(TEXTS))
-        for unit in documents.TEXT_UNITS:
+        for unit in chunks.TEXT_UNITS:
             with pytest.raises(UserError, match=rf"{name}: the file is empty"):
                 run(files, tmp_path, good, path, text_unit=unit)
         assert len(run(files, tmp_path, good, path, skip_bad=1).skipped) == 1
@@ -241,7 +233,7 @@ class TestTextUnits:
         text = "".join(parts)
         path = pack(tmp_path / f"a{ending}", text.encode())
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(documents, "CHUNK_BYTES", block)
+            patch.setattr(chunks, "CHUNK_BYTES", block)
             if text.strip():
                 assert records(path, unit, 12) == expected_records(text, unit, 12)
 
@@ -274,7 +266,7 @@ class TestTextUnits:
             for _ in range(64):
                 stream.write(b"word word\n" * 100_000)
         sizes = [
-            item.size if isinstance(item, documents.Chunk) else item.where
+            item.size if isinstance(item, chunks.Chunk) else item.where
             for item in read_chunks(find_inputs([str(path)], None, "paragraph"), ["text"], 1 << 20, ReadPosition())
         ]
         assert sizes.pop() == f"{path}:{64 * 90_000 * 2 + 1}"

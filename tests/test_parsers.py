@@ -21,7 +21,8 @@ from slow_readers import read_index_slowly, read_line_slowly, read_safetensors_s
 
 from megatron.checkpointing.manifest import FileEntry, Manifest, check_sizes, read_manifest
 from megatron.checkpointing.tensors import Piece, read_tensors, stored_tensors, write_pieces
-from megatron.data.documents import BadDocument, ReadPosition, find_inputs, parse_chunk, read_chunks
+from megatron.data.chunks import BadDocument, ReadPosition, find_inputs, read_chunks
+from megatron.data.documents import parse_chunk
 from megatron.data.index_cache import IndexKey, load_or_build
 from megatron.data.indexed_dataset import IndexedDataset
 from megatron.data.indexed_writer import IndexedDatasetWriter, PartWritten

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from raw_text import TEXTS, jsonl, pack, run
 
-from megatron.data import documents, preprocessing
+from megatron.data import chunks, preprocessing
 from megatron.data.resuming import where_done
 from megatron.errors import UserError
 from megatron.tokenizer.build import TokenizerFiles
@@ -44,7 +44,7 @@ def inputs(tmp_path: Path) -> list[Path]:
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of two documents, a point saved after each."""
-    monkeypatch.setattr(documents, "CHUNK_BYTES", 64)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 64)
     monkeypatch.setattr(preprocessing, "SAVE_SECONDS", 0.0)
 
 
@@ -206,13 +206,13 @@ _POINTS = """
 import errno, json, os, shutil, signal, sys
 from pathlib import Path
 from raw_text import run
-from megatron.data import documents, preprocessing
+from megatron.data import chunks, preprocessing
 from megatron.errors import UserError
 from megatron.tokenizer.build import TokenizerFiles
 
 scratch, vocab, merges, *inputs = sys.argv[1:]
 scratch, files = Path(scratch), TokenizerFiles("GPT2BPETokenizer", vocab, merges)
-documents.CHUNK_BYTES, preprocessing.SAVE_SECONDS = 64, 0.0
+chunks.CHUNK_BYTES, preprocessing.SAVE_SECONDS = 64, 0.0
 
 def contents(directory):
     return {path.name: path.read_bytes() for path in (directory / "out").iterdir()}
@@ -285,7 +285,7 @@ def test_killed_or_out_of_disk_at_every_file_operation(files, inputs, tmp_path):
 
 _KILLED = """
 import sys
-from megatron.data import documents, preprocessing
+from megatron.data import chunks, preprocessing
 preprocessing.SAVE_SECONDS = 0.0
 sys.argv.pop(0)
 import runpy

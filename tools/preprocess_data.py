@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from the source tree, installed or not
 
 from megatron import old_flags
-from megatron.data.documents import TEXT_UNITS
+from megatron.data.chunks import TEXT_UNITS
 from megatron.data.preprocessing import PreprocessConfig, preprocess
 from megatron.errors import run
 from megatron.tokenizer.build import TOKENIZER_TYPES, TokenizerFiles, add_file_flags

@@ -11,7 +11,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from the source tree, installed or not
 
-from megatron.data.documents import TEXT_UNITS, find_inputs, read_texts
+from megatron.data.chunks import TEXT_UNITS, find_inputs
+from megatron.data.documents import read_texts
 from megatron.errors import run
 from megatron.tokenizer.training import check_free, train_bpe
 

@@ -26,18 +26,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron.data.documents import (
+from megatron.data.chunks import (
     CHUNK_BYTES,
     TEXT_UNITS,
     BadDocument,
     Chunk,
-    Document,
     InputFile,
     ReadPosition,
     find_inputs,
-    parse_chunk,
     read_chunks,
 )
+from megatron.data.documents import Document, parse_chunk
 from megatron.data.indexed_dataset import best_dtype, paths_of
 from megatron.data.indexed_writer import IndexedDatasetWriter, PartLostError, PartWritten
 from megatron.data.progress_line import ProgressLine

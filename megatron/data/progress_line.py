@@ -7,7 +7,7 @@ import time
 from types import TracebackType
 from typing import TextIO
 
-from megatron.data.documents import ReadPosition
+from megatron.data.chunks import ReadPosition
 
 _TERMINAL_SECONDS = 0.2
 

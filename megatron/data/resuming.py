@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron.data.documents import CHUNK_BYTES, BadDocument, InputFile
+from megatron.data.chunks import CHUNK_BYTES, BadDocument, InputFile
 from megatron.data.indexed_writer import PartWritten
 from megatron.files import file_errors, write_atomic
 from megatron.tokenizer.base import Tokenizer
