@@ -168,10 +168,15 @@ class SeqlenWarmupConfig:
             self._check_growth(seq_length)
 
     def _check_owners(self) -> None:
-        """Raise UserError where a setting is given that belongs to another pacing."""
+        """Raise UserError where a setting is given that belongs to another pacing.
+
+        Whether it is given shows where it differs from its default: one that does not changes nothing.
+        """
         owners = {
+            "seqlen_start": (*get_args(Growth), "adaptive"),
             "seqlen_warmup_iters": get_args(Growth),
             "seqlen_warmup_tokens": get_args(Growth),
+            "seqlen_root_degree": ("root",),
             "seqlen_stages": ("discrete",),
             "seqlen_cycle": ("mixed",),
             "seqlen_stages_unit": ("discrete", "mixed"),
@@ -179,12 +184,19 @@ class SeqlenWarmupConfig:
             "seqlen_adaptive_tolerance": ("adaptive",),
             "seqlen_realisation": (*get_args(Growth), "discrete", "mixed", "adaptive"),
         }
-        for name, pacings in owners.items():
-            flag, pacing = "--" + name.replace("_", "-"), self.seqlen_warmup
-            if getattr(self, name) == getattr(SeqlenWarmupConfig, name) or pacing in pacings:
-                continue
-            require(pacing != "none", f"{flag} has no effect without --seqlen-warmup; choose one or drop it")
-            raise UserError(f"{flag} goes with --seqlen-warmup {' or '.join(pacings)}, not {pacing}")
+        misfits = {
+            name.replace("_", "-"): pacings
+            for name, pacings in owners.items()
+            if getattr(self, name) != getattr(SeqlenWarmupConfig, name) and self.seqlen_warmup not in pacings
+        }
+        if not misfits:
+            return
+        named = [f"--{name} (for {' or '.join(pacings)})" for name, pacings in misfits.items()]
+        unset = " ".join(f"--unset {name}" for name in misfits)
+        raise UserError(
+            f"--seqlen-warmup {self.seqlen_warmup} takes no {' and no '.join(named)}: choose another pacing or drop "
+            f"{(them := 'it' if len(named) == 1 else 'them')}; where a recipe has set {them}, add {unset}"
+        )
 
     def _check_lengths(self, flag: str, text: str | None, lengths: list[int], seq_length: int) -> None:
         for value in lengths:

@@ -133,14 +133,15 @@ flag --train-tokens "$NUM_TOKEN"
 flag --train-iters "$NUM_ITER"
 if [[ $CURRICULUM_STEP = 0 ]]; then
     flag --seqlen-warmup none
-    flag --unset seqlen-warmup-iters
-    flag --unset seqlen-warmup-tokens
-    flag --unset seqlen-stages
+    for setting in start warmup-iters warmup-tokens root-degree stages cycle stages-unit \
+        adaptive-step adaptive-tolerance realisation; do
+        flag --unset "seqlen-$setting" # whatever the recipe has
+    done
 elif [[ -n $CURRICULUM_STEP ]]; then
     flag --seqlen-warmup linear
     flag --seqlen-warmup-iters "$CURRICULUM_STEP"
 fi
-flag --seqlen-start "$CURRICULUM_MIN"
+[[ $CURRICULUM_STEP = 0 ]] || flag --seqlen-start "$CURRICULUM_MIN"
 flag --seed "$SEED"
 if [[ $DATA =~ ^[0-9.][0-9.eE+-]*[[:space:]] ]]; then
     read -ra blend <<< "$DATA"
