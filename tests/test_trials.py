@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import matplotlib.image
@@ -53,6 +54,23 @@ with open(os.path.join(home, "metrics.jsonl"), "w", buffering=1) as log:
 """Starts below 16 fluctuate at once, T above 60 late; a trial that does goes on for ever, it must be stopped."""
 
 
+DATA = "0.3 wiki 0.7 web".split()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The tuner runs where there are two corpora of noise."""
+    home = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    for name in DATA[1::2]:
+        with IndexedDatasetWriter(home / name, np.uint16) as writer:
+            for _ in range(40):
+                writer.add_document(rng.integers(0, 200, 200))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        yield home
+
+
 def tune(home: Path, *flags: str, mode: str = "") -> subprocess.CompletedProcess[str]:
     return subprocess.run(command(home, *flags), **streams(home, mode), check=False, timeout=100)
 
@@ -62,7 +80,8 @@ def command(home: Path, *flags: str) -> list[str]:
     program, recipe = home / "program.py", home / "recipe.yaml"
     program.write_text(PROGRAM)
     pairs = zip(FLAGS[::2], FLAGS[1::2], strict=True)
-    recipe.write_text("".join(f"{flag.removeprefix('--')}: {value}\n" for flag, value in pairs))
+    lines = [f"{flag.removeprefix('--')}: {value}\n" for flag, value in pairs]
+    recipe.write_text("".join([*lines, "data-path: wiki\n", "vocab-size: 200\n", "split: 80,10,10\n"]))
     return [
         sys.executable, str(ROOT / "tools/tune_pacing.py"), "--config", str(recipe), "--output", str(home / "out"),
         "--launcher", f"{sys.executable} {program}", "--max-multiple", "12", *flags,
@@ -89,7 +108,7 @@ def alive(pid: int) -> bool:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> tuple[Path, str]:
     home = tmp_path_factory.mktemp("tuning")
-    result = tune(home, "--lr", "2e-3", "--data-path", "0.3", "wiki", "0.7", "web")
+    result = tune(home, "--lr", "2e-3", "--data-path", *DATA)
     assert result.returncode == 0, result.stderr
     return home, result.stdout
 
@@ -110,7 +129,9 @@ def test_the_recommended_recipe_is_the_run_with_the_chosen_warmup(undisturbed) -
     home, _ = undisturbed
     recipe = home / "out" / "recommended.yaml"
     found = parse_config(build_parser(), ["--config", str(recipe)])[0]
-    assert found == paced(config_of("--lr", "2e-3", "--data-path", "0.3", "wiki", "0.7", "web"), 16, 60)
+    assert found == paced(
+        config_of("--lr", "2e-3", "--vocab-size", "200", "--split", "80,10,10", "--data-path", *DATA), 16, 60
+    )
     tool = [sys.executable, str(ROOT / "tools/plan_run.py"), "--config", str(recipe), "--json"]
     planned = json.loads(subprocess.run(tool, capture_output=True, text=True, check=True).stdout)
     assert planned["full_length_iteration"] == 60
@@ -123,7 +144,7 @@ def test_the_figure_is_there_and_not_blank(undisturbed) -> None:
 
 
 def test_a_search_that_broke_off_ends_like_an_undisturbed_one(undisturbed, tmp_path) -> None:
-    given = ["--lr", "2e-3", "--data-path", "0.3", "wiki", "0.7", "web"]
+    given = ["--lr", "2e-3", "--data-path", *DATA]
     broken = tune(tmp_path, *given, mode="fail 16 80")
     assert broken.returncode == 1
     assert broken.stderr.count("\n") == 1
@@ -138,7 +159,7 @@ def test_a_search_that_broke_off_ends_like_an_undisturbed_one(undisturbed, tmp_p
 
 def test_a_journal_of_other_settings_is_refused(undisturbed) -> None:
     home, _ = undisturbed
-    result = tune(home, "--lr", "4e-3", "--tolerance", "0.2", "--data-path", "0.3", "wiki", "0.7", "web")
+    result = tune(home, "--lr", "4e-3", "--tolerance", "0.2", "--data-path", *DATA)
     assert result.returncode == 1
     assert "journal.json: its trials were made with lr 0.002, now 0.004; tolerance 0.1, now 0.2:" in result.stderr
     assert len(launches(home)) == 5
@@ -201,14 +222,17 @@ def test_a_run_without_validation_is_told(tmp_path) -> None:
         (["--launcher", "no-such-program"], "cannot start no-such-program: No such file or directory; see --launcher"),
         (["--first-start", "12"], "--first-start 12 must be a multiple"),
         (["--tolerance", "-1"], "--tolerance -1.0 must be"),
-        (["--output", "/dev/null/x"], "cannot create /dev/null/x: Not a directory"),
-        (["--resolution", "many"], "argument --resolution: invalid float value: 'many'"),
+        (["--output", "/dev/null/x"], "--output: '/dev/null/x' cannot be written: '/dev/null' is no directory"),
+        (["--resolution", "many"], "argument --resolution: expected a number, found 'many'"),
+        (["--data-path", "nosuch"], "nosuch.idx"),
+        (["--split", "1,0,0"], "--split 1,0,0: a trial is judged by its validations; wiki: 0 documents for validation"),
     ],
 )
 def test_faults_are_one_line(tmp_path, flags, message) -> None:
     result = tune(tmp_path, *flags)
     assert result.returncode == 1
     assert message in result.stderr and result.stderr.count("\n") == 1
+    assert "trial 1" not in result.stdout or "no-such-program" in flags
 
 
 def test_flags_that_are_needed(tmp_path) -> None:

@@ -6,13 +6,14 @@ import hashlib
 import json
 from dataclasses import dataclass
 
-from megatron.config import DataConfig
+from megatron.config import Config, DataConfig
 from megatron.data.blending import BlendedDataset, parse_data_path
 from megatron.data.gpt2_dataset import Dataset, GPT2Dataset
 from megatron.data.index_cache import LOCK_SECONDS
 from megatron.data.indexed_dataset import IndexedDataset
 from megatron.data.sample_index import order_version
 from megatron.data.splits import NAMES, split_documents
+from megatron.data.vocabulary import Vocabulary, find_vocabulary
 from megatron.errors import UserError
 
 
@@ -31,6 +32,24 @@ class Datasets:
     """A line for each corpus that validation or test go without."""
     num_tokens: tuple[int, int, int]
     """Tokens of all corpora in training, validation and test."""
+
+
+def open_data(config: Config) -> tuple[Vocabulary, Datasets]:
+    """The vocabulary and the datasets that `config` names."""
+    vocabulary = find_vocabulary(config.tokenizer, [prefix for _, prefix in parse_data_path(config.data.data_path)])
+    datasets = build_datasets(
+        config.data,
+        seq_length=config.model.seq_length,
+        seed=config.training.seed,
+        vocab_size=vocabulary.size,
+        timeout=60 * config.parallel.distributed_timeout_minutes,
+    )
+    if config.seqlen_warmup.seqlen_warmup == "adaptive" and datasets.validation is None:
+        raise UserError(
+            f"--seqlen-warmup adaptive lengthens after validations, and --split {config.data.split} leaves no document "
+            "for them"
+        )
+    return vocabulary, datasets
 
 
 def build_datasets(

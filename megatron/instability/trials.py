@@ -25,6 +25,7 @@ from typing import Any
 from megatron.arguments import SECTIONS, flat, to_yaml, yaml_value
 from megatron.config import CheckpointConfig, Config
 from megatron.console import format_duration
+from megatron.data.datasets import open_data
 from megatron.errors import EXIT_FAILURE, EXIT_FINISHED, EXIT_STOPPED, UserError
 from megatron.files import file_errors, write_atomic
 from megatron.instability.summary import read_run
@@ -92,6 +93,7 @@ class Tuner:
 
     def run(self) -> int:
         """Search, write what was found and say it; EXIT_FAILURE where there is nothing to recommend."""
+        self._check_data()
         space, runner = self._announce()
         with file_errors("create", self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -124,6 +126,14 @@ class Tuner:
         }
         lines = [f"{name.replace('_', '-')}: {yaml_value(value)}" for name, value in settings.items()]
         return "\n".join(["# Written by tools/tune_pacing.py. " + choice.words, *lines]) + "\n"
+
+    def _check_data(self) -> None:
+        """Raise UserError for what would end every trial, or could not be judged by its validations."""
+        _, datasets = open_data(self.config)
+        if datasets.validation is None:
+            raise UserError(
+                f"--split {self.config.data.split}: a trial is judged by its validations; {datasets.notes[0]}"
+            )
 
     def _announce(self) -> tuple[SearchSpace, Runner]:
         """What there is to search, in words, and what runs it."""

@@ -10,15 +10,13 @@ from megatron.checkpointing.commit import CHECKPOINTS
 from megatron.checkpointing.saver import Saver
 from megatron.config import Config
 from megatron.console import ProgressLine
-from megatron.data.blending import parse_data_path
-from megatron.data.datasets import Datasets, build_datasets
+from megatron.data.datasets import open_data
 from megatron.data.sampler import SampleLoader
-from megatron.data.vocabulary import Vocabulary, find_vocabulary
 from megatron.distributed.launch import connect, under_torchrun
 from megatron.distributed.parallelize import place
 from megatron.distributed.watch import Watch
 from megatron.distributed.world import World
-from megatron.errors import EXIT_FINISHED, UserError
+from megatron.errors import EXIT_FINISHED
 from megatron.metrics import MetricsLogger
 from megatron.model.initialisation import initialise
 from megatron.pacing.plan import target_tokens
@@ -122,21 +120,3 @@ def _pretrain(
             except Exception as error:
                 watch.failed(str(error).partition("\n")[0])  # before what closes here, and may wait for other ranks
                 raise
-
-
-def open_data(config: Config) -> tuple[Vocabulary, Datasets]:
-    """The vocabulary and the datasets that `config` names."""
-    vocabulary = find_vocabulary(config.tokenizer, [prefix for _, prefix in parse_data_path(config.data.data_path)])
-    datasets = build_datasets(
-        config.data,
-        seq_length=config.model.seq_length,
-        seed=config.training.seed,
-        vocab_size=vocabulary.size,
-        timeout=60 * config.parallel.distributed_timeout_minutes,
-    )
-    if config.seqlen_warmup.seqlen_warmup == "adaptive" and datasets.validation is None:
-        raise UserError(
-            f"--seqlen-warmup adaptive lengthens after validations, and --split {config.data.split} leaves no document "
-            "for them"
-        )
-    return vocabulary, datasets
