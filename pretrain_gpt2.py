@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from megatron.arguments import build_parser, parse_config
 from megatron.config import ModelConfig
@@ -12,6 +11,9 @@ from megatron.data.batch import Batch
 from megatron.errors import run
 from megatron.model.gpt2 import GPT2Model
 from megatron.training.pretrain import pretrain
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def model_provider(config: ModelConfig, vocab_size: int) -> GPT2Model:
@@ -33,7 +35,7 @@ def forward_step(model: GPT2Model, batch: Batch, seqlen: int) -> tuple[Tensor, T
 
 def main() -> int:
     """Parse the command line and train."""
-    parser = build_parser("pretrain_gpt2.py", __doc__)
+    parser = build_parser(__doc__)
     config, _ = parse_config(parser, sys.argv[1:])
     return pretrain(config, model_provider, forward_step)
 
