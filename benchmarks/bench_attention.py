@@ -12,10 +12,11 @@ from functools import partial
 import measure
 import torch
 import torch.nn.functional as F
-from flags import make_parser, positive
+from flags import make_parser
 from torch import Tensor
 
 from megatron.errors import UserError, run
+from megatron.flags import positive
 from megatron.model.cpu import causal_attention, keep_freed_memory
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -23,7 +24,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 def main() -> int:
     parser = make_parser(__doc__, repeats=9)
-    parser.add_argument("--tokens", type=positive, default=4096, help="at every length (default: 4,096)")
+    parser.add_argument("--tokens", type=positive, default=4096, help="at every length")
     parser.add_argument("--heads", type=positive, default=5)
     parser.add_argument("--head-dim", type=positive, default=64)
     parser.add_argument("--lengths", type=positive, nargs="+", default=[8, 16, 32, 64, 128, 256, 512, 1024])

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import contestants as c
 import measure
-from flags import make_parser, positive
+from flags import make_parser
 
 from megatron.checkpointing.saver import Saver
 from megatron.checkpointing.state import collect
 from megatron.errors import run
+from megatron.flags import positive
 
 
 def main() -> int:

@@ -19,7 +19,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import measure
-from flags import make_parser, positive
+from flags import make_parser
 
 from megatron.data.batch import Batch
 from megatron.data.gpt2_dataset import GPT2Dataset
@@ -27,6 +27,7 @@ from megatron.data.indexed_dataset import IndexedDataset
 from megatron.data.indexed_writer import IndexedDatasetWriter
 from megatron.data.sampler import SampleLoader
 from megatron.errors import UserError, run
+from megatron.flags import positive
 
 VOCAB_SIZE = 50257
 BYTES_A_TOKEN = 2 + 16
@@ -37,12 +38,12 @@ GetBatch = Callable[[int], object]
 
 def main() -> int:
     parser = make_parser(__doc__, repeats=5)
-    parser.add_argument("--tokens", type=positive, default=50_000_000, help="of the corpus (default: 50M)")
-    parser.add_argument("--mean-length", type=positive, default=500, help="tokens a document (default: 500)")
+    parser.add_argument("--tokens", type=positive, default=50_000_000, help="of the corpus")
+    parser.add_argument("--mean-length", type=positive, default=500, help="tokens a document")
     parser.add_argument("--seq-length", type=positive, default=1024)
     parser.add_argument("--seqlen", type=positive, help="truncate to so many tokens (default: --seq-length)")
-    parser.add_argument("--sequences", type=positive, default=64, help="of a batch (default: 64)")
-    parser.add_argument("--batches", type=positive, default=32, help="of a measurement (default: 32)")
+    parser.add_argument("--sequences", type=positive, default=64, help="of a batch")
+    parser.add_argument("--batches", type=positive, default=32, help="of a measurement")
     arguments = parser.parse_args()
     seqlen = arguments.seqlen or arguments.seq_length
     if seqlen > arguments.seq_length:

@@ -29,12 +29,13 @@ import contestants as c
 import measure
 import numpy as np
 import torch
-from flags import make_parser, positive
+from flags import make_parser
 
 from megatron import console, metrics
 from megatron.config import Config, ModelConfig, OptimizerConfig, TrainingConfig
 from megatron.data.batch import Batch
 from megatron.errors import run
+from megatron.flags import positive
 from megatron.optimizer.moment_statistics import moment_statistics
 from megatron.pacing.plan import StepPlan
 from megatron.training.loop import Run
@@ -70,9 +71,9 @@ class Terminal(TextIOWrapper):
 def main() -> int:
     parser = make_parser(__doc__)
     c.model_arguments(parser)
-    parser.add_argument("--sequences", type=positive, default=2, help="of the step measured (default: 2)")
+    parser.add_argument("--sequences", type=positive, default=2, help="of the step measured")
     parser.add_argument("--step-tokens", type=positive, default=PAPER_STEP, help="of the step to scale to (512 x 1024)")
-    parser.add_argument("--calls", type=positive, default=20, help="of each part (default: 20)")
+    parser.add_argument("--calls", type=positive, default=20, help="of each part")
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
     parser.set_defaults(model_size="117M")
     arguments = parser.parse_args()

@@ -22,7 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import measure
-from flags import make_parser, positive
+from flags import make_parser
 from processes import Finished, run_command
 
 from megatron.data.chunks import find_inputs
@@ -30,6 +30,7 @@ from megatron.data.documents import read_texts
 from megatron.data.stdlib_corpus import write_stdlib_corpus
 from megatron.data.unpacking import unpacked
 from megatron.errors import UserError, run
+from megatron.flags import positive
 from megatron.tokenizer.build import TokenizerFiles
 from megatron.tokenizer.training import train_bpe
 

@@ -19,11 +19,12 @@ from typing import Any
 import contestants as c
 import measure
 import numpy as np
-from flags import make_parser, positive
+from flags import make_parser
 from processes import run_command
 
 from megatron.data.indexed_writer import IndexedDatasetWriter
 from megatron.errors import UserError, run
+from megatron.flags import positive
 
 BASELINE, SLW, FIXED = "baseline", "slw", "slw, fixed micro-batches"
 
@@ -33,12 +34,12 @@ def main() -> int:
     c.model_arguments(parser)
     parser.set_defaults(layers=4, hidden=128, heads=2)
     parser.add_argument("--data-path", help="prefix of a .bin (default: random tokens)")
-    parser.add_argument("--sequences", type=positive, default=32, help="of a step (default: 32)")
-    parser.add_argument("--micro-batch", type=positive, default=4, help="sequences at full length (default: 4)")
-    parser.add_argument("--train-tokens", type=positive, default=1_000_000, help="of each run (default: 1M)")
-    parser.add_argument("--start", type=positive, default=64, help="first length (default: 64)")
-    parser.add_argument("--warmup-iters", type=positive, default=40, help="steps to full length (default: 40)")
-    parser.add_argument("--multiple", type=positive, default=8, help="lengths are multiples of it (default: 8)")
+    parser.add_argument("--sequences", type=positive, default=32, help="of a step")
+    parser.add_argument("--micro-batch", type=positive, default=4, help="sequences at full length")
+    parser.add_argument("--train-tokens", type=positive, default=1_000_000, help="of each run")
+    parser.add_argument("--start", type=positive, default=64, help="first length")
+    parser.add_argument("--warmup-iters", type=positive, default=40, help="steps to full length")
+    parser.add_argument("--multiple", type=positive, default=8, help="lengths are multiples of it")
     arguments = parser.parse_args()
     model, vocab_size = c.model_of(arguments)
     bf16 = c.use_bf16(arguments.precision, measure.machine()["bf16"])

@@ -21,7 +21,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import measure
-from flags import make_parser, positive
+from flags import make_parser
 from processes import run_command
 
 from megatron.data.sample_index import (
@@ -34,6 +34,7 @@ from megatron.data.sample_index import (
     shuffled,
 )
 from megatron.errors import run
+from megatron.flags import positive
 
 CHUNK = 1 << 22
 MIB = 2**20
@@ -93,8 +94,8 @@ def measure_copying(documents: int, mean: float, seq_length: int) -> dict[str, A
 
 def main() -> int:
     parser = make_parser(__doc__)
-    parser.add_argument("--documents", type=positive, default=10_000_000, help="(default: 10M)")
-    parser.add_argument("--mean-length", type=positive, default=500, help="tokens a document (default: 500)")
+    parser.add_argument("--documents", type=positive, default=10_000_000, help="of the corpus")
+    parser.add_argument("--mean-length", type=positive, default=500, help="tokens a document")
     parser.add_argument("--seq-length", type=positive, default=1024)
     parser.add_argument("--way", choices=[OURS, COPYING], help="measure one way once, and print a line of JSON")
     arguments = parser.parse_args()

@@ -13,10 +13,11 @@ from functools import partial
 import contestants as c
 import measure
 import torch
-from flags import make_parser, positive
+from flags import make_parser
 from rivals import Rival, Rivals
 
 from megatron.errors import UserError, run
+from megatron.flags import positive, positive_number
 
 H200_PEAK = 989e12
 
@@ -25,12 +26,12 @@ def main() -> int:
     parser = make_parser(__doc__, repeats=5)
     c.model_arguments(parser)
     names = [f"{name}{how}" for name in c.MAKERS for how in ("", "-eager")]
-    parser.add_argument("--sequences", type=positive, default=4, help="of a step (default: 4)")
+    parser.add_argument("--sequences", type=positive, default=4, help="of a step")
     parser.add_argument("--micro-batch", type=positive, help="sequences of a micro-batch (default: all)")
     parser.add_argument("--contestants", nargs="+", choices=names, default=names)
     parser.add_argument(
         "--peak",
-        type=float,
+        type=positive_number,
         help="FLOP/s of the machine (default: 989e12 on a GPU, on a CPU what large products reach)",
     )
     arguments = parser.parse_args()

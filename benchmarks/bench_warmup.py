@@ -12,17 +12,19 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import contestants as c
 import measure
 import torch
 import torch.distributed as dist
-from flags import make_parser, new_file, positive
+from flags import make_parser
 from matplotlib.figure import Figure
 from rivals import Rival, Rivals
 
 from megatron.errors import UserError, run
+from megatron.flags import output_file, positive
 from megatron.model.flops import parameter_count
 
 WALK_SEQUENCES = 2
@@ -32,12 +34,12 @@ WALK_SEQUENCES = 2
 def main() -> int:
     parser = make_parser(__doc__)
     c.model_arguments(parser)
-    parser.add_argument("--sequences", type=positive, default=64, help="of a step, at every length (default: 64)")
-    parser.add_argument("--micro-batch", type=positive, default=4, help="sequences at full length (default: 4)")
-    parser.add_argument("--start", type=positive, default=8, help="shortest length; it doubles (default: 8)")
-    parser.add_argument("--multiple", type=positive, default=8, help="lengths of the walk are multiples of it (8)")
+    parser.add_argument("--sequences", type=positive, default=64, help="of a step, at every length")
+    parser.add_argument("--micro-batch", type=positive, default=4, help="sequences at full length")
+    parser.add_argument("--start", type=positive, default=8, help="shortest length; it doubles")
+    parser.add_argument("--multiple", type=positive, default=8, help="lengths of the walk are multiples of it")
     parser.add_argument("--compile", action="store_true", help="with torch.compile, which is the default on a GPU")
-    parser.add_argument("--figure", type=new_file, metavar="FILE", help="draw tokens/s by length (.png, .svg)")
+    parser.add_argument("--figure", type=output_file, metavar="FILE", help="draw tokens/s by length (.png, .svg)")
     arguments = parser.parse_args()
     sequences, seq_length = arguments.sequences, arguments.seq_length
     if sequences % arguments.micro_batch:
@@ -112,7 +114,7 @@ def main() -> int:
     return 0
 
 
-def draw(path: str, lengths: list[int], ways: dict[str, list[float]]) -> None:
+def draw(path: Path, lengths: list[int], ways: dict[str, list[float]]) -> None:
     """Tokens a second by length, for each way to cut a step into micro-batches."""
     figure = Figure(figsize=(7, 3.5), layout="constrained")
     axes = figure.add_subplot()
@@ -125,6 +127,7 @@ def draw(path: str, lengths: list[int], ways: dict[str, list[float]]) -> None:
     axes.set_ylabel("tokens/s")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 
 

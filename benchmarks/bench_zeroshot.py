@@ -21,7 +21,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import measure
-from flags import make_parser, positive
+from flags import make_parser
 
 from megatron.checkpointing.huggingface import read_huggingface
 from megatron.checkpointing.weights import build_model
@@ -29,6 +29,7 @@ from megatron.config import TokenizerConfig
 from megatron.errors import UserError, run
 from megatron.evaluation.scoring import MICRO_BATCH_TOKENS, Piece, score
 from megatron.evaluation.wikitext import windows
+from megatron.flags import positive
 from megatron.instability.zeroshot_results import STRIDE
 from megatron.model.gpt2 import GPT2Model
 

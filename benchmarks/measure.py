@@ -93,9 +93,10 @@ def _cell(value: object) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def finish(path: str | None, result: Mapping[str, Any]) -> None:
+def finish(path: Path | str | None, result: Mapping[str, Any]) -> None:
     """Print where this was measured, and write it with `result` to the JSON file `path`, if one is given."""
     where = machine()
     print("  ".join(f"{name} {value}" for name, value in where.items() if value is not None))
-    if path:
-        Path(path).write_text(json.dumps({"machine": where, **result}, indent=1) + "\n", encoding="utf-8")
+    if path is not None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(json.dumps({"machine": where, **result}, indent=1, default=str) + "\n", encoding="utf-8")

@@ -9,24 +9,22 @@ from __future__ import annotations
 import argparse
 import ast
 import dataclasses
-import difflib
 import inspect
-import math
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import yaml
 
 from megatron import old_flags
 from megatron.config import MODEL_SIZES, Config, Count, ModelConfig
-from megatron.counts import parse_count
 from megatron.deepspeed_config import read_deepspeed_config
 from megatron.errors import CommandLineError, UserError, note
+from megatron.flags import Parser, finite_number, some_text, whole_number, with_default
 
 SECTIONS: dict[str, type] = typing.get_type_hints(Config)
 """Section name -> dataclass, in the order of --help."""
@@ -36,33 +34,14 @@ FIELDS: dict[str, Any] = {
 }
 """Setting -> its type."""
 PRESET_FLAGS = ("num_layers", "hidden_size", "num_attention_heads")
+METAVARS = {
+    **dict.fromkeys(("vocab_file", "merge_file", "tokenizer_file"), "FILE"),
+    **dict.fromkeys(("save", "load", "data_cache_path", "tensorboard_dir"), "DIR"),
+    "data_path": "PREFIX",
+    "override": "SETTING",
+}
+"""Setting -> what --help calls its value, where that says more than TEXT."""
 DEEPSPEED_FLAGS = ("--deepspeed-config", *old_flags.aliases("deepspeed_config"))
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose faults are UserErrors, with a suggestion for a misspelt flag."""
-
-    def error(self, message: str) -> NoReturn:
-        """Turn argparse's own complaint into ours."""
-        raise UserError(f"{message}; see --help")
-
-    def parse_known(self, argv: Sequence[str], into: argparse.Namespace | None = None) -> argparse.Namespace:
-        """Parse `argv` into a namespace, refusing what is unknown with a suggestion."""
-        namespace, unknown = self.parse_known_args(list(argv), into)
-        if unknown:
-            raise UserError(self._unknown(unknown[0]))
-        return namespace
-
-    def _unknown(self, word: str) -> str:
-        """What to say of an argument that no flag takes."""
-        if not word.startswith("-"):
-            return f"unexpected argument {word!r}; flags start with --, see --help"
-        flag = word.partition("=")[0]
-        if advice := old_flags.advice(flag):
-            return advice
-        options = [o for action in self._actions for o in action.option_strings if action.help != argparse.SUPPRESS]
-        near = difflib.get_close_matches(flag, options, n=1, cutoff=0.6)
-        return f"unknown flag {flag}" + (f"; did you mean {near[0]}?" if near else "; see --help")
 
 
 @cache
@@ -81,33 +60,6 @@ def field_docs(section: type) -> dict[str, str]:
         ):
             docs[node.target.id] = " ".join(str(after.value.value).split())
     return docs
-
-
-def _count_argument(text: str) -> int:
-    try:
-        return parse_count(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"expected a whole number such as 3000, 300K or 157e9, found {text!r}"
-        ) from None
-
-
-def _float_argument(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"expected a number, found {text!r}")
-    return value
-
-
-def _text_argument(text: str) -> str:
-    if not text.strip():
-        raise argparse.ArgumentTypeError("expected a text, found an empty one")
-    if text.startswith("--"):  # argparse takes an unknown flag with a blank in it for one more value of the flag before
-        raise argparse.ArgumentTypeError(f"expected a text, found {text!r}, which is no flag that there is")
-    return text
 
 
 class _Preset(argparse.Action):
@@ -140,18 +92,11 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _help_of(doc: str, default: object) -> str:
-    """Help text with the default where there is one to show."""
-    text = doc.replace("%", "%%")
-    if default is None or default == () or isinstance(default, bool):
-        return text
-    return f"{text} [{default}]"
-
-
 def _add_field(group: argparse._ArgumentGroup, name: str, hint: Any, default: object, doc: str) -> None:
     """One field of a dataclass as one flag. Defaults are suppressed: only what was given is in the namespace."""
     flags = [_flag(name), *old_flags.aliases(name)]
-    shown: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": _help_of(doc, default)}
+    text = with_default(doc.replace("%", "%%"), default)
+    shown: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": text}
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         hint = next(a for a in typing.get_args(hint) if a is not type(None))
     if name == "model_size":
@@ -161,36 +106,42 @@ def _add_field(group: argparse._ArgumentGroup, name: str, hint: Any, default: ob
     elif typing.get_origin(hint) is Literal:
         group.add_argument(*flags, choices=typing.get_args(hint), **shown)
     elif typing.get_origin(hint) is tuple:
-        group.add_argument(*flags, nargs="*", type=_text_argument, metavar="X", **shown)
+        group.add_argument(*flags, nargs="*", type=some_text, metavar=METAVARS[name], **shown)
     elif hint is Count or hint is int:
-        group.add_argument(*flags, type=_count_argument, metavar="N", **shown)
+        group.add_argument(*flags, type=whole_number, metavar="N", **shown)
     elif hint is float:
-        group.add_argument(*flags, type=_float_argument, metavar="X", **shown)
+        group.add_argument(*flags, type=finite_number, metavar="X", **shown)
     else:
-        group.add_argument(*flags, type=_text_argument, metavar="TEXT", **shown)
+        group.add_argument(*flags, type=some_text, metavar=METAVARS.get(name, "TEXT"), **shown)
 
 
-def build_parser(prog: str | None = None, description: str | None = None) -> Parser:
-    """The parser of every flag in config.py, grouped by section, and of --config."""
+def build_parser(description: str | None = None, own: Callable[[Parser], object] | None = None) -> Parser:
+    """The parser of every flag in config.py, grouped by section, and of --config.
+
+    `own` adds the flags of a tool, which come first in --help.
+    """
     parser = Parser(
-        prog=prog,
         usage="%(prog)s [--config RECIPE ...] [flags]",
         description=description,
-        allow_abbrev=False,
-        epilog="Counts may be written 3000, 300K, 30B or 157e9. The last of two equal flags wins.",
+        epilog="Counts may be written 3000, 300K, 30B or 157e9. Of two equal flags the last wins.\n"
+        "In [brackets] is what holds where a flag is not given.",
     )
-    parser.add_argument(
-        "--config", action="append", metavar="RECIPE", default=[],
+    parser.advice = old_flags.advice
+    if own is not None:
+        own(parser)
+    files = parser.add_argument_group("Where flags come from")
+    files.add_argument(
+        "--config", action="append", metavar="RECIPE", default=[], type=some_text,
         help="a recipe: flags written in YAML, read before the other flags; may be repeated, the last wins",
     )  # fmt: skip
-    parser.add_argument(
-        *DEEPSPEED_FLAGS, metavar="JSON", default=argparse.SUPPRESS,
+    files.add_argument(
+        *DEEPSPEED_FLAGS, metavar="JSON", default=argparse.SUPPRESS, type=some_text,
         help="a DeepSpeed configuration file: its curriculum_learning block, and what else of it has a counterpart, "
         "read after the recipes and before the other flags; keys that are ignored are named",
     )  # fmt: skip
-    parser.add_argument(
+    files.add_argument(
         "--unset", action=_Unset, metavar="FLAG", default=argparse.SUPPRESS,
-        help="forget what a recipe or an earlier flag has set, as `flag: null` does in a recipe",
+        help="forget what a recipe or an earlier flag has set, as `flag: null` does in a recipe; may be repeated",
     )  # fmt: skip
     for section in SECTIONS.values():
         hints = typing.get_type_hints(section)
@@ -290,7 +241,7 @@ def parse_config(parser: Parser, argv: Sequence[str]) -> tuple[Config, argparse.
 
 
 def _parse(parser: Parser, argv: Sequence[str]) -> tuple[Config, argparse.Namespace]:
-    first = Parser(add_help=False, allow_abbrev=False)
+    first = Parser(add_help=False)
     first.add_argument("--config", action="append", default=[])
     first.add_argument(*DEEPSPEED_FLAGS)
     files = first.parse_known_args(list(argv))[0]
@@ -298,17 +249,17 @@ def _parse(parser: Parser, argv: Sequence[str]) -> tuple[Config, argparse.Namesp
     for recipe in files.config:
         for path, words in read_recipe(Path(recipe)):
             try:
-                parser.parse_known(words, given)
+                parser.parse_args(words, given)
             except UserError as error:
                 raise UserError(f"--config {path}: {error}") from None
     if files.deepspeed_config is None:
-        namespace = parser.parse_known(argv, given)
+        namespace = parser.parse_args(argv, given)
     else:
         deepspeed = read_deepspeed_config(Path(files.deepspeed_config))
         vars(given).update(deepspeed.settings)
         for text in deepspeed.notes:
             note(text)
-        namespace = parser.parse_known(argv, given)
+        namespace = parser.parse_args(argv, given)
         deepspeed.check_seq_length(getattr(namespace, "seq_length", ModelConfig.seq_length))
     return config_from(vars(namespace)), namespace
 

@@ -48,6 +48,12 @@ def explain(error: OSError, action: str, path: Path) -> UserError:
     return UserError(f"cannot {action} {path}: {reason}")
 
 
+def make_parent(path: Path) -> None:
+    """Make the directory that the file `path` is to stand in. Raises UserError that names it."""
+    with file_errors("create", path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+
 def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> None:
     """Replace the file `path` with `data` (str as UTF-8): readers see the old content or the new, never a part.
 

@@ -11,6 +11,7 @@ import argparse
 from typing import Any, NamedTuple
 
 from megatron.errors import UserError, note
+from megatron.flags import Parser
 
 ALIASES: dict[str, list[str]] = {
     "lr_warmup_iters": ["--warmup-iters"],
@@ -256,15 +257,6 @@ class _Ignore(argparse.Action):
         note(f"{option_string} does nothing here: {row.why}")
 
 
-class _Refuse(argparse.Action):
-    """Refuse an old flag of a parser that does not ask `advice` itself."""
-
-    def __call__(
-        self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
-    ) -> None:
-        raise UserError(str(advice(str(option_string))))
-
-
 HIDDEN: dict[str, Any] = {"help": argparse.SUPPRESS, "default": argparse.SUPPRESS}
 
 
@@ -275,11 +267,11 @@ def add_ignored(parser: argparse.ArgumentParser) -> None:
     _add_rows(parser, IGNORED)
 
 
-def add_preprocessing(parser: argparse.ArgumentParser) -> None:
-    """The same for tools/preprocess_data.py, whose parser is argparse's own."""
+def add_preprocessing(parser: Parser) -> None:
+    """The same for tools/preprocess_data.py, with advice for the refused flags that were this tool's."""
     _add_rows(parser, PREPROCESSING)
-    for flag in ("--split-sentences", "--keep-newlines", "--lang", "--tokenizer-model"):
-        parser.add_argument(flag, action=_Refuse, nargs="?", **HIDDEN)
+    refused = ("--split-sentences", "--keep-newlines", "--lang", "--tokenizer-model")
+    parser.advice = lambda flag: advice(flag) if flag in refused else None
 
 
 def _add_rows(parser: argparse.ArgumentParser, rows: list[Row]) -> None:

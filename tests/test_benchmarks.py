@@ -24,7 +24,6 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import bench_loading
 import bench_overhead
 import bench_preprocessing
-import flags
 import measure
 from processes import run_command
 from rivals import Rival, Rivals
@@ -166,7 +165,7 @@ def test_prints_a_row_for_each_contestant_and_writes_where_it_was_measured(
         ("bench_warmup.py", "--start 2K", 1, "error: --start 2000 must be at most --seq-length 1024"),
         ("bench_loading.py", "--seqlen 2048", 1, "error: --seqlen 2048 must be at most --seq-length 1024"),
         ("bench_loading.py", "--tokens 1K", 1, "error: --tokens 1,000 must be more than the 65,600 of a batch"),
-        ("bench_sample_index.py", "--documents 0", 2, "--documents: expected a whole number from 1, found '0'"),
+        ("bench_sample_index.py", "--documents 0", 1, "--documents: expected a whole number from 1, found '0'"),
         ("bench_startup.py", "--only x", 1, "error: --only x: expected some of import numpy, import torch, "),
         (
             "bench_preprocessing.py",
@@ -180,7 +179,8 @@ def test_prints_a_row_for_each_contestant_and_writes_where_it_was_measured(
             1,
             "tiny.jsonl: expected at least 1 MB of JSON lines, found 0.000 MB",
         ),
-        ("bench_preprocessing.py", "--output /no/x", 2, "--output: expected a file in a directory that exists, found "),
+        ("bench_preprocessing.py", "--output /", 1, "--output: expected a file to write, found the directory '/'"),
+        ("bench_preprocessing.py", "--grwo 1", 1, "unknown flag --grwo (did you mean --grow?); see --help"),
     ],
 )
 def test_a_wrong_flag_is_one_line(name: str, arguments: str, status: int, message: str, tmp_path: Path) -> None:
@@ -268,13 +268,6 @@ def test_memory_is_that_of_the_command_and_of_all_that_it_starts() -> None:
     assert 120 * MIB < done.largest_bytes < 180 * MIB
     assert 180 * MIB < done.sum_bytes < 260 * MIB
     del held
-
-
-@pytest.mark.parametrize("text", ["0", "-3", "1.5", "x", ""])
-def test_a_count_must_be_a_whole_number_from_1(text: str) -> None:
-    assert flags.positive("1.5K") == 1500
-    with pytest.raises(argparse.ArgumentTypeError, match="expected a whole number from 1, found"):
-        flags.positive(text)
 
 
 def test_an_input_grows_by_whole_lines_packed_or_not(tmp_path: Path, text: Path) -> None:

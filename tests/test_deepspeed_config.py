@@ -24,7 +24,7 @@ STEPS = 20_000
 
 
 def parse(*argv: object) -> Config:
-    return parse_config(build_parser("test"), ["--train-tokens", "157286400000", *map(str, argv)])[0]
+    return parse_config(build_parser(), ["--train-tokens", "157286400000", *map(str, argv)])[0]
 
 
 def curriculum(kind: str, start: int, end: int, **schedule: object) -> dict[str, Any]:

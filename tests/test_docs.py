@@ -17,7 +17,8 @@ from typing import Any, NoReturn
 import pytest
 
 from megatron import deepspeed_config, old_flags
-from megatron.arguments import Parser, build_parser, parse_config
+from megatron.arguments import build_parser, parse_config
+from megatron.flags import Parser
 from megatron.old_flags import SWITCHES
 from megatron.pacing.plan import plan_run
 
@@ -127,8 +128,7 @@ def parser_of(program: str, words: list[str] | None, monkeypatch: pytest.MonkeyP
         return parse
 
     main = importlib.import_module(PROGRAMS[program]).main
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", cut(argparse.ArgumentParser.parse_args))
-    monkeypatch.setattr(Parser, "parse_known", cut(Parser.parse_known))
+    monkeypatch.setattr(Parser, "parse_args", cut(Parser.parse_args))
     monkeypatch.setattr(sys, "argv", [program, *(words or [])])
     with pytest.raises(Parsed):
         main()

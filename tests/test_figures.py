@@ -81,10 +81,15 @@ def test_logs_without_some_fields_and_with_nan(tmp_path: Path) -> None:
 
 def test_a_figure_that_cannot_be_written(runs: list[Run], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write the figure"):
+    with pytest.raises(UserError, match=r"cannot create .*file: "):
         figure_comparison(runs[:1], tmp_path / "file" / "figure.png")
     with pytest.raises(UserError, match="cannot write the figure"):
         figure_comparison(runs[:1], tmp_path / "figure.nonsense")
+
+
+def test_a_figure_is_written_under_the_very_name_that_is_given(runs: list[Run], tmp_path: Path) -> None:
+    figure_comparison(runs[:1], tmp_path / "new" / "figure")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["figure"]
 
 
 def test_moving_average_is_centred_and_skips_holes() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pty
-import re
 import runpy
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -270,10 +269,12 @@ def test_the_program_writes_json_lines(
         written.append(capfd.readouterr().out)
     assert written[0] == written[1]
     assert len({json.loads(line)["text"] for line in written[0].splitlines()}) == 4
-    with pytest.raises(UserError, match=r"^--out-seq-length 0 must be at least 1$"):
+    with pytest.raises(UserError, match="--out-seq-length: expected a whole number from 1, found '0'"):
         program(*base, "--out-seq-length", 0)
-    with pytest.raises(UserError, match=re.escape(f"cannot write {tmp_path}/none/out: No such file")):
-        program(*base, "--genfile", tmp_path / "none" / "out")
+    program(*base, "--genfile", tmp_path / "none" / "out")
+    assert len((tmp_path / "none" / "out").read_text().splitlines()) == 4
+    with pytest.raises(UserError, match=r"out/x' cannot be written: .* is no directory"):
+        program(*base, "--genfile", tmp_path / "none" / "out" / "x")
     if Path("/dev/full").exists():
         with pytest.raises(UserError, match="cannot write /dev/full: disk full"):
             program(*base, "--sample-output-file", "/dev/full")

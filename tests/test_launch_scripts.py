@@ -177,7 +177,7 @@ def test_without_variables_there_are_no_flags():
 def test_each_variable_is_a_flag_that_the_trainer_knows(variable, value, flags):
     (command,) = dry_run(**{variable: value})
     assert command == [*ONE_PROCESS, TRAINER, *shlex.split(flags)]
-    build_parser().parse_known(shlex.split(flags))
+    build_parser().parse_args(shlex.split(flags))
 
 
 def test_variables_together_make_the_run_that_they_describe():

@@ -297,7 +297,7 @@ class TestTools:
             assert expected in shown.stdout
         assert "Raw text to datasets" in shown.stdout
         refused = tool("inspect_data.py", "data/d_text_document", "--documents", -1, cwd=tmp_path)
-        assert refused.returncode == 1 and refused.stderr.startswith("error: --documents -1 must not be negative")
+        assert refused.returncode == 1 and "--documents: expected a whole number from 0, found '-1'" in refused.stderr
         assert "Traceback" not in refused.stderr
         plain = tool("inspect_data.py", "data/d_text_document", cwd=tmp_path)
         assert plain.returncode == 0 and "document 0 (" in plain.stdout
@@ -324,7 +324,6 @@ class TestTools:
             done = tool(name, *arguments, cwd=tmp_path)
             assert done.returncode == 1
             assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-        assert tool("preprocess_data.py", "--inp", "x", cwd=tmp_path).returncode == 2
         assert list(tmp_path.iterdir()) == []
 
     def test_inspect_refuses_another_tokenizer(self, files, tmp_path):

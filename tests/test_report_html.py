@@ -144,10 +144,5 @@ def test_24_runs_can_be_told_apart(tmp_path: Path) -> None:
 
 def test_a_report_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot create the directory of .*file/report\.html"):
+    with pytest.raises(UserError, match=r"cannot create .*file: "):
         write_report(tmp_path / "file" / "report.html", [], [])
-
-
-def test_a_directory_is_no_report(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"--html .* is a directory: name a file in it"):
-        write_report(tmp_path, [], [])

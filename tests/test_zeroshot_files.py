@@ -97,7 +97,7 @@ def test_the_text_is_not_written_over(tool: Callable[..., None], run: Path, wiki
         (["--task", "lambada", "--valid-data", "x"], "drop --valid-data, or correct --task; did you mean LAMBADA?"),
         (["--task", LAMBADA, "--valid-data", "d/nothere"], "--valid-data d/nothere: cannot be read (No such file"),
         (["--task", WIKITEXT, "--valid-data", "d/nothere"], "--valid-data d/nothere: cannot be read (No such file"),
-        (["--task", LAMBADA, "--valid-dat", "x"], "unknown flag --valid-dat; did you mean --valid-data?"),
+        (["--task", LAMBADA, "--valid-dat", "x"], "unknown flag --valid-dat (did you mean --valid-data?); see --help"),
     ],
 )
 def test_faults_name_the_flag(tool: Callable[..., None], run: Path, flags: list[str], message: str) -> None:

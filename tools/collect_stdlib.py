@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -11,12 +10,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron.data.stdlib_corpus import write_stdlib_corpus
 from megatron.errors import run
+from megatron.flags import Parser, output_file
 
 
 def main() -> None:
     """Parse the command line and write the corpus."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("output", type=Path, help="the JSON lines file to write")
+    parser = Parser(description=__doc__)
+    parser.add_argument("output", type=output_file, metavar="OUT.jsonl", help="the JSON lines file to write")
     output = parser.parse_args().output
     documents, size = write_stdlib_corpus(output)
     print(f"{output}: {documents:,} documents, {size / 1e6:.1f} MB of text")

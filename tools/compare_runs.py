@@ -17,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron.errors import run
+from megatron.flags import Parser, output_file, positive_number
 from megatron.instability.figures import figure_comparison
 from megatron.instability.groups import group_runs
 from megatron.instability.html_report import write_report
@@ -31,15 +32,15 @@ MANY = 6
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="--save directory of a run, or NAME=DIRECTORY")
-    parser.add_argument("--output", type=Path, metavar="PNG", help="write the figure here")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write a report of tables and figures here, one file")
+    parser.add_argument("--output", type=output_file, metavar="PNG", help="write the figure here")
+    parser.add_argument(
+        "--html", type=output_file, metavar="FILE", help="write a report of tables and figures, one file"
+    )
     parser.add_argument(
         "--target-perplexity",
-        type=float,
+        type=positive_number,
         nargs="+",
         default=[],
         metavar="PPL",

@@ -18,7 +18,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from the source tree, installed or not
 
-from megatron.arguments import Parser
 from megatron.checkpointing.export import export_weights
 from megatron.checkpointing.huggingface import read_huggingface
 from megatron.checkpointing.huggingface_export import export_huggingface
@@ -26,6 +25,7 @@ from megatron.checkpointing.manifest import MANIFEST
 from megatron.checkpointing.megatron_v1 import read_megatron
 from megatron.checkpointing.weights import DTYPES, describe, read_run, require_free, save_weights
 from megatron.errors import UserError, run
+from megatron.flags import Parser, output_directory, output_file, positive, some_path
 from megatron.tokenizer.build import add_tokenizer_flags, tokenizer_config
 
 READERS = {"hf": read_huggingface, "megatron": read_megatron}
@@ -33,10 +33,10 @@ READERS = {"hf": read_huggingface, "megatron": read_megatron}
 
 def parse_arguments() -> argparse.Namespace:
     """The flags."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=__doc__)
     parser.add_argument(
         "--load",
-        type=Path,
+        type=some_path,
         required=True,
         metavar="DIR",
         help="with --to a run or its checkpoints, of which the newest is taken, or one checkpoint; with --from a "
@@ -54,13 +54,13 @@ def parse_arguments() -> argparse.Namespace:
         choices=tuple(READERS),
         help="hf: a GPT-2 of transformers; megatron: a GPT-2 of Megatron-LM 1.1.5 or 2.x",
     )
-    parser.add_argument("--output", type=Path, metavar="FILE", help="the file to write (--to safetensors)")
-    parser.add_argument("--save", type=Path, metavar="DIR", help="the directory to make (--to hf, --from)")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), help="type of the weights (--to; default: as saved)")
+    parser.add_argument("--output", type=output_file, metavar="FILE", help="the file to write (--to safetensors)")
+    parser.add_argument("--save", type=output_directory, metavar="DIR", help="the directory to make (--to hf, --from)")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="type of the weights, with --to (default: as saved)")
     parser.add_argument("--force", action="store_true", help="replace FILE where it exists")
     group = add_tokenizer_flags(parser)
-    group.add_argument("--vocab-size", type=int, metavar="N", help="tokens of the vocabulary, without a tokenizer")
-    return parser.parse_known(sys.argv[1:])
+    group.add_argument("--vocab-size", type=positive, metavar="N", help="tokens of the vocabulary, without a tokenizer")
+    return parser.parse_args()
 
 
 def main() -> None:

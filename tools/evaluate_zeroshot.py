@@ -21,15 +21,14 @@ from pathlib import Path
 # Run from a source tree, installed or not.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron.arguments import Parser
 from megatron.checkpointing.weights import DTYPES, require_apart
 from megatron.config import Config, TrainingConfig
-from megatron.counts import parse_count
 from megatron.distributed.launch import connect, read_environment
-from megatron.errors import CommandLineError, UserError, run
+from megatron.errors import CommandLineError, run
 from megatron.evaluation.loading import load_model
 from megatron.evaluation.scoring import MICRO_BATCH_TOKENS
 from megatron.evaluation.zeroshot import ZeroShotConfig, evaluate, evaluate_harness
+from megatron.flags import Parser, output_file, positive, some_path
 from megatron.instability.zeroshot_results import (
     LAMBADA,
     STRIDE,
@@ -55,22 +54,22 @@ OWNERS = {
 
 def parse_arguments() -> argparse.Namespace:
     """The flags, with Megatron's names."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=__doc__)
     parser.add_argument("--task", required=True, help=f"{WIKITEXT}, {LAMBADA}, or tasks of lm-eval with commas between")
     parser.add_argument(
         "--load",
-        type=Path,
+        type=some_path,
         required=True,
         metavar="DIR",
         help="a run or its checkpoints, of which the newest is taken, or one checkpoint, or a Hugging Face GPT-2",
     )
-    parser.add_argument("--valid-data", type=Path, metavar="FILE", help="wiki.test.tokens, or lambada_test.jsonl")
+    parser.add_argument("--valid-data", type=some_path, metavar="FILE", help="wiki.test.tokens, or lambada_test.jsonl")
     parser.add_argument(
         "--overlapping-eval",
-        type=parse_count,
+        type=positive,
         metavar="N",
         help="WikiText: windows move on by N tokens and score the last N; the sequence length: they do not overlap "
-        f"(default: {STRIDE})",
+        f"[{STRIDE}]",
     )
     parser.add_argument(
         "--strict-lambada",
@@ -86,32 +85,30 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--seq-length",
-        type=parse_count,
+        type=positive,
         metavar="N",
         help="WikiText, LAMBADA: tokens read at a time (default: the model's)",
     )
     parser.add_argument(
         "--micro-batch-tokens",
-        type=parse_count,
+        type=positive,
         default=MICRO_BATCH_TOKENS,
         metavar="N",
-        help=f"tokens of a forward pass (default: {MICRO_BATCH_TOKENS})",
+        help="tokens of a forward pass",
     )
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="precision of weights and arithmetic")
     parser.add_argument(
-        "--dtype", choices=tuple(DTYPES), default="fp32", help="of weights and arithmetic (default: fp32)"
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="auto: the GPU if there is one",
     )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: CUDA where it is)")
-    parser.add_argument("--output", type=Path, metavar="JSON", help="write the result here too")
+    parser.add_argument("--output", type=output_file, metavar="JSON", help="write the result here too")
     group = parser.add_argument_group("lm-eval")
-    group.add_argument(
-        "--limit", type=parse_count, metavar="N", help="examples of each task, for a trial (default: all)"
-    )
-    group.add_argument("--include-path", type=Path, metavar="DIR", help="task files of your own")
+    group.add_argument("--limit", type=positive, metavar="N", help="examples of each task, for a trial (default: all)")
+    group.add_argument("--include-path", type=some_path, metavar="DIR", help="task files of your own")
     add_tokenizer_flags(parser)
-    try:
-        return parser.parse_known(sys.argv[1:])
-    except UserError as error:
-        raise CommandLineError(str(error)) from None
+    return parser.parse_args()
 
 
 def check(given: argparse.Namespace) -> None:
@@ -123,8 +120,6 @@ def check(given: argparse.Namespace) -> None:
         raise CommandLineError(f"--task {given.task}: {ours[0]} is evaluated by itself: give one at a time")
     if given.task.upper() == WIKITEXT != given.task:
         raise CommandLineError(f"--task {given.task}: there is none{meant}")
-    if given.output is not None and given.output.is_dir():
-        raise CommandLineError(f"--output {given.output} is a directory: name a file in it")
     if (kept := kept_results(given.load)) is not None:
         read_results(kept)  # a broken one is better found before the evaluation than after it
         if given.output is not None and given.output.resolve() == kept.resolve():
@@ -132,8 +127,6 @@ def check(given: argparse.Namespace) -> None:
                 f"--output {given.output} is where the run keeps the results of all tasks, this one's too: drop it, or "
                 "name another file"
             )
-    if given.output is not None and not given.output.parent.is_dir():
-        raise CommandLineError(f"--output {given.output}: {given.output.parent} is no directory; make it first")
     require_apart("--output", given.output, {"--valid-data": given.valid_data})
     if given.task in (WIKITEXT, LAMBADA):
         if given.valid_data is None:

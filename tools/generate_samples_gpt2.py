@@ -16,21 +16,20 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from the source tree, installed or not
 
-from megatron.arguments import Parser
 from megatron.checkpointing.weights import DTYPES, require_apart
-from megatron.config import require
 from megatron.errors import run
 from megatron.evaluation.generation import STANDARD_INPUT, Sampling, output_stream, read_prompts, write_samples
 from megatron.evaluation.loading import load_model
+from megatron.flags import Parser, count, finite_number, output_file, positive, some_path
 from megatron.tokenizer.build import add_tokenizer_flags, tokenizer_config
 
 
 def parse_arguments() -> argparse.Namespace:
     """The flags."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=__doc__)
     parser.add_argument(
         "--load",
-        type=Path,
+        type=some_path,
         required=True,
         metavar="DIR",
         help="a run or its checkpoints, of which the newest is taken; one checkpoint; a Hugging Face GPT-2 directory",
@@ -38,7 +37,7 @@ def parse_arguments() -> argparse.Namespace:
     what = parser.add_argument_group("What to write")
     what.add_argument(
         "--sample-input-file",
-        type=Path,
+        type=some_path,
         metavar="FILE",
         help="a prompt a line; - is standard input: lines typed at a terminal are answered one by one, those of a pipe "
         "or a file --batch-size samples at a time (with --batch-size 1 each is answered before the next is read)",
@@ -46,43 +45,43 @@ def parse_arguments() -> argparse.Namespace:
     what.add_argument(
         "--sample-output-file",
         "--genfile",
-        type=Path,
+        type=output_file,
         metavar="FILE",
         help="where to write; what is there stays until all samples are, which grow in FILE.part (default: standard "
         "output)",
     )
-    what.add_argument("--num-samples", type=int, default=1, metavar="N", help="samples of each prompt (default: 1)")
+    what.add_argument("--num-samples", type=positive, default=1, metavar="N", help="samples of each prompt")
     what.add_argument(
         "--out-seq-length",
-        type=int,
+        type=positive,
         default=1024,
         metavar="N",
-        help="longest text, in tokens after the prompt; the model's --seq-length ends it too (default: 1024)",
+        help="longest text, in tokens after the prompt; the model's --seq-length ends it too",
     )
     how = parser.add_argument_group("How to choose the next token")
-    how.add_argument("--greedy", action="store_true", help="the likeliest one")
-    how.add_argument("--temperature", type=float, default=1.0, metavar="T", help="divide logits by this (default: 1)")
+    how.add_argument("--greedy", action="store_true", help="always the likeliest one")
+    how.add_argument("--temperature", type=finite_number, default=1.0, metavar="T", help="divide logits by this")
     how.add_argument(
-        "--top-k", "--top_k", type=int, default=0, metavar="K", help="among the K likeliest (default: 0, among all)"
+        "--top-k", "--top_k", type=count, default=0, metavar="K", help="among the K likeliest; 0: among all"
     )
     how.add_argument(
         "--top-p",
         "--top_p",
-        type=float,
+        type=finite_number,
         default=0.0,
         metavar="P",
-        help="among the likeliest that hold P of the probability, of the K if both are given (default: 0, among all)",
+        help="among the likeliest that hold P of the probability, of the K if both are given; 0: among all",
     )
-    how.add_argument("--seed", type=int, default=1234, metavar="N", help="of the draws (default: 1234)")
+    how.add_argument("--seed", type=count, default=1234, metavar="N", help="seed of the draws")
     machine = parser.add_argument_group("Machine")
-    machine.add_argument("--batch-size", type=int, default=8, metavar="N", help="samples at a time (default: 8)")
-    machine.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
+    machine.add_argument("--batch-size", type=positive, default=8, metavar="N", help="samples at a time")
     machine.add_argument(
-        "--dtype", choices=tuple(DTYPES), default="fp32", help="of weights and results (default: fp32)"
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: the GPU if there is one"
     )
+    machine.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="precision of weights and results")
     machine.add_argument("--recompute", action="store_true", help="does nothing: keys and values are always kept")
     add_tokenizer_flags(parser)
-    return parser.parse_known(sys.argv[1:])
+    return parser.parse_args()
 
 
 def main() -> None:
@@ -90,9 +89,6 @@ def main() -> None:
     arguments = parse_arguments()
     if arguments.recompute:
         print("--recompute does nothing here: keys and values are always kept, the text is the same", file=sys.stderr)
-    for flag in ("num-samples", "out-seq-length", "batch-size"):
-        value = getattr(arguments, flag.replace("-", "_"))
-        require(value >= 1, f"--{flag} {value} must be at least 1")
     source, output = arguments.sample_input_file, arguments.sample_output_file
     require_apart("--sample-output-file", output, {"--sample-input-file": None if source == STANDARD_INPUT else source})
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.greedy)

@@ -15,25 +15,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from the so
 from megatron.data.indexed_dataset import IndexedDataset
 from megatron.data.inspection import describe
 from megatron.errors import run
+from megatron.flags import Parser, count, positive, some_text
 from megatron.tokenizer.build import TOKENIZER_TYPES, TokenizerFiles, add_file_flags
 
 
 def parse_arguments() -> argparse.Namespace:
     """The flags."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("prefix", metavar="PREFIX", help="the data, without .bin or .idx")
+    parser = Parser(description=__doc__)
+    parser.add_argument("prefix", type=some_text, metavar="PREFIX", help="the data, without .bin or .idx")
     parser.add_argument(
-        "--documents", type=int, default=3, metavar="N", help="documents to show, spread over the data (default: 3)"
+        "--documents", type=count, default=3, metavar="N", help="documents to show, spread over the data"
     )
-    parser.add_argument(
-        "--sample-tokens", type=int, default=64, metavar="N", help="tokens of each to show (default: 64)"
-    )
-    group = parser.add_argument_group("tokenizer (without one, samples are shown as token ids)")
-    group.add_argument(
-        "--tokenizer-type", metavar="TYPE", help=f"{' or '.join(TOKENIZER_TYPES)} (default: by the files)"
-    )
+    parser.add_argument("--sample-tokens", type=positive, default=64, metavar="N", help="tokens of each to show")
+    group = parser.add_argument_group("Tokenizer (without one, samples are shown as token ids)")
+    group.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES, help="what the files hold (default: by the files)")
     add_file_flags(group)
     return parser.parse_args()
 

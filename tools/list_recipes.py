@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron.errors import run
+from megatron.flags import Parser, some_path
 from megatron.model.recipe_tables import recipe_tables, write_tables
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -17,9 +17,9 @@ RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
 def main() -> None:
     """Plan every run, then print the tables or write them."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--write", action="store_true", help="put the tables into the README.md there instead")
-    parser.add_argument("--recipes", type=Path, default=RECIPES, metavar="DIR", help="the recipes and their paper.csv")
+    parser = Parser(description=__doc__)
+    parser.add_argument("--write", action="store_true", help="write the tables into DIR/README.md, print nothing")
+    parser.add_argument("--recipes", type=some_path, default=RECIPES, metavar="DIR", help="recipes and their paper.csv")
     arguments = parser.parse_args()
     tables = recipe_tables(arguments.recipes)
     if arguments.write:

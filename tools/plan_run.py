@@ -11,31 +11,29 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron.arguments import build_parser, parse_config
-from megatron.counts import parse_count
 from megatron.data.vocabulary import vocabulary_size
 from megatron.errors import EXIT_FAILURE, EXIT_FINISHED, run
+from megatron.flags import Parser, positive, positive_number
 from megatron.instability.step_cost import fit_step_cost
 from megatron.instability.summary import read_runs
 from megatron.model.cost import cost_argument, plan_time, time_table
 from megatron.model.plan import memory_table, plan_memory, plan_table, plan_totals
 
 
-def main() -> int:
-    """Parse the command line, plan, and print; EXIT_FAILURE where the run does not fit --gpu-memory."""
-    parser = build_parser("plan_run.py", __doc__)
-    group = parser.add_argument_group("Planner")
-    group.add_argument("--json", action="store_true", help="print one JSON object")
-    group.add_argument("--at", type=parse_count, metavar="N", help="the progress after N iterations, not at the end")
-    group.add_argument(
-        "--world-size", type=parse_count, metavar="N", help="number of GPUs [--tensor-model-parallel-size]"
+def add_own_flags(parser: Parser) -> None:
+    """What the planner is asked, beside the flags of the run."""
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--at", type=positive, metavar="N", help="the progress after N iterations, not at the end")
+    parser.add_argument(
+        "--world-size", type=positive, metavar="N", help="number of GPUs (default: --tensor-model-parallel-size)"
     )
-    group.add_argument(
+    parser.add_argument(
         "--gpu-memory",
-        type=float,
+        type=positive_number,
         metavar="GB",
         help="say whether the run fits in this much a GPU; the status is 1 if not",
     )
-    costs = group.add_mutually_exclusive_group()
+    costs = parser.add_mutually_exclusive_group()
     costs.add_argument(
         "--cost",
         type=cost_argument,
@@ -49,6 +47,11 @@ def main() -> int:
         help="the same with A and B fitted to the logs of runs of this model on the machines to be used: their --save "
         "directories, or metrics.jsonl; they need steps of at least two lengths",
     )
+
+
+def main() -> int:
+    """Parse the command line, plan, and print; EXIT_FAILURE where the run does not fit --gpu-memory."""
+    parser = build_parser(__doc__, add_own_flags)
     config, arguments = parse_config(parser, sys.argv[1:])
     config = replace(config, tokenizer=replace(config.tokenizer, vocab_size=vocabulary_size(config)))
     fit = None if arguments.fit is None else fit_step_cost(read_runs(arguments.fit), config)

@@ -16,15 +16,14 @@ from megatron import old_flags
 from megatron.data.chunks import TEXT_UNITS
 from megatron.data.preprocessing import PreprocessConfig, preprocess
 from megatron.errors import run
+from megatron.flags import Parser, count, output_prefix, positive, positive_number
 from megatron.tokenizer.build import TOKENIZER_TYPES, TokenizerFiles, add_file_flags
 
 
 def parse_arguments() -> argparse.Namespace:
     """The flags, with Megatron's names."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    group = parser.add_argument_group("input")
+    parser = Parser(description=__doc__)
+    group = parser.add_argument_group("Input")
     group.add_argument(
         "--input",
         nargs="+",
@@ -43,57 +42,61 @@ def parse_arguments() -> argparse.Namespace:
         choices=TEXT_UNITS,
         default=TEXT_UNITS[0],
         help="what is one document in a plain text file: the file, a paragraph (blank lines stand between them) or a "
-        "line that is not blank (default: file)",
+        "line that is not blank",
     )
     group.add_argument(
         "--json-keys",
         nargs="+",
         default=["text"],
         metavar="KEY",
-        help="keys (or columns) to take; each gives a dataset of its own (default: text)",
+        help="keys (or columns) to take; each gives a dataset of its own",
     )
     group.add_argument(
         "--skip-bad",
-        type=int,
+        type=count,
         default=0,
         metavar="N",
         help="pass over up to N bad documents (empty, invalid JSON or UTF-8, key missing) and count "
-        "them; one more is an error (default: 0)",
+        "them; one more is an error",
     )
     group.add_argument(
         "--max-document-mb",
-        type=float,
+        type=positive_number,
         default=128,
         metavar="MB",
-        help="a larger line, paragraph or text file is a bad document (default: 128)",
+        help="a larger line, paragraph or text file is a bad document",
     )
-    group = parser.add_argument_group("tokenizer")
+    group = parser.add_argument_group("Tokenizer")
     group.add_argument(
         "--tokenizer-type",
         default=TOKENIZER_TYPES[0],
-        metavar="TYPE",
-        help=f"{' or '.join(TOKENIZER_TYPES)} (default: {TOKENIZER_TYPES[0]})",
+        choices=TOKENIZER_TYPES,
+        help="GPT2BPETokenizer reads --vocab-file and --merge-file, HFTokenizer reads --tokenizer-file",
     )
     add_file_flags(group)
     group.add_argument("--append-eod", action="store_true", help="end each document with it")
-    group = parser.add_argument_group("output")
+    group = parser.add_argument_group("Output")
     group.add_argument(
-        "--output-prefix", required=True, metavar="PREFIX", help="writes PREFIX_KEY_document.bin, .idx and .json"
+        "--output-prefix",
+        type=output_prefix,
+        required=True,
+        metavar="PREFIX",
+        help="writes PREFIX_KEY_document.bin, .idx and .json",
     )
     group.add_argument("--overwrite", action="store_true", help="replace a dataset that is already there")
     group.add_argument(
         "--workers",
-        type=int,
+        type=positive,
         default=1,
         metavar="N",
-        help="processes that encode; the output does not depend on their number (default: 1)",
+        help="processes that encode; the output does not depend on their number",
     )
     group.add_argument(
         "--log-interval",
-        type=int,
+        type=count,
         default=1000,
         metavar="N",
-        help="documents between two progress lines; 0: none (default: 1000)",
+        help="documents between two progress lines; 0: none",
     )
     old_flags.add_preprocessing(parser)
     return parser.parse_args()

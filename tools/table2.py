@@ -7,7 +7,6 @@ Without runs: all that the paper prints.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -16,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron.errors import run
 from megatron.evaluation.table2 import table2
+from megatron.flags import Parser
 from megatron.instability.summary import read_runs
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -23,9 +23,7 @@ RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__)
     parser.add_argument("runs", nargs="*", metavar="RUN", help="--save directory of a run, or NAME=DIRECTORY")
     arguments = parser.parse_args()
     print(table2(read_runs(arguments.runs) if arguments.runs else [], RECIPES))

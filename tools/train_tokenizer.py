@@ -14,14 +14,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from the so
 from megatron.data.chunks import TEXT_UNITS, find_inputs
 from megatron.data.documents import read_texts
 from megatron.errors import run
+from megatron.flags import Parser, count, output_directory, positive
 from megatron.tokenizer.training import check_free, train_bpe
 
 
 def parse_arguments() -> argparse.Namespace:
     """The flags."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__)
     parser.add_argument(
         "--input",
         nargs="+",
@@ -39,18 +38,26 @@ def parse_arguments() -> argparse.Namespace:
         choices=TEXT_UNITS,
         default=TEXT_UNITS[0],
         help="what is one document in a plain text file: the file, a paragraph (blank lines stand between them) or a "
-        "line that is not blank (default: file)",
+        "line that is not blank",
+    )
+    parser.add_argument("--json-keys", nargs="+", default=["text"], metavar="KEY", help="keys (or columns) to take")
+    parser.add_argument(
+        "--vocab-size",
+        type=positive,
+        required=True,
+        metavar="N",
+        help="tokens: 256 bytes, merges and <|endoftext|>",
     )
     parser.add_argument(
-        "--json-keys", nargs="+", default=["text"], metavar="KEY", help="keys (or columns) to take (default: text)"
+        "--min-frequency",
+        type=count,
+        default=2,
+        metavar="N",
+        help="rarer pairs are not joined",
     )
     parser.add_argument(
-        "--vocab-size", type=int, required=True, metavar="N", help="tokens: 256 bytes, merges and <|endoftext|>"
+        "--output", type=output_directory, required=True, metavar="DIR", help="where the three files go"
     )
-    parser.add_argument(
-        "--min-frequency", type=int, default=2, metavar="N", help="pairs that are rarer are not joined (default: 2)"
-    )
-    parser.add_argument("--output", required=True, metavar="DIR", help="directory for the three files")
     parser.add_argument("--overwrite", action="store_true", help="replace those that are already there")
     return parser.parse_args()
 

@@ -7,7 +7,6 @@ Takes every flag of pretrain_gpt2.py too. Interrupted, the same command goes on 
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import shlex
 import signal
@@ -17,39 +16,41 @@ from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from the source tree, installed or not
 
-from megatron.arguments import Parser, build_parser, field_docs, parse_config
+from megatron.arguments import build_parser, field_docs, parse_config
 from megatron.cli import find
 from megatron.errors import EXIT_FINISHED, EXIT_STOPPED, UserError, run
+from megatron.flags import Parser, finite_number, output_directory, some_text, whole_number
 from megatron.instability.trials import Tuner
 from megatron.instability.tuning import Criterion, SearchOptions
 
 PROGRAM = find("pretrain_gpt2.py")
 
 
-def build_tuner_parser() -> Parser:
-    """The flags of a run, and the tuner's."""
-    parser = build_parser("tune_pacing.py", __doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    group = parser.add_argument_group("Tuner")
-    group.add_argument("--output", type=Path, metavar="DIR", help="where trials, journal and results go (required)")
-    group.add_argument("--dry-run", action="store_true", help="print the trials and their commands, run nothing")
-    group.add_argument(
+def add_own_flags(parser: Parser) -> None:
+    """The tuner's flags, beside those of the run."""
+    parser.add_argument(
+        "--output", type=output_directory, metavar="DIR", help="where trials, journal and results go (required)"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the trials and their commands, run nothing")
+    parser.add_argument(
         "--launcher",
-        default=sys.executable,
         metavar="COMMAND",
+        type=some_text,
         help="what starts pretrain_gpt2.py, such as 'torchrun --nproc-per-node 8' (default: this Python)",
     )
-    docs = field_docs(SearchOptions)
-    group.add_argument("--tolerance", type=float, default=Criterion.tolerance, metavar="X",
-                       help=f"{field_docs(Criterion)['tolerance']} [{Criterion.tolerance}]")  # fmt: skip
+    criterion, search = field_docs(Criterion), field_docs(SearchOptions)
+    parser.add_argument(
+        "--tolerance", type=finite_number, default=Criterion.tolerance, metavar="X", help=criterion["tolerance"]
+    )
     for field in dataclasses.fields(SearchOptions):
-        kind = float if isinstance(field.default, float) else int
-        default = "" if field.default is None else f" [{field.default:.3g}]"
-        group.add_argument(
-            f"--{field.name.replace('_', '-')}", type=kind, default=field.default, metavar="X",
-            help=docs[field.name] + default,
-        )  # fmt: skip
-    return parser
+        is_float = isinstance(field.default, float)
+        parser.add_argument(
+            f"--{field.name.replace('_', '-')}",
+            type=finite_number if is_float else whole_number,
+            default=field.default,
+            metavar="X" if is_float else "N",
+            help=search[field.name],
+        )
 
 
 def stop(*_: object) -> NoReturn:
@@ -59,14 +60,13 @@ def stop(*_: object) -> NoReturn:
 
 def main() -> int:
     """Parse the command line and tune."""
-    parser = build_tuner_parser()
-    config, arguments = parse_config(parser, sys.argv[1:])
+    config, arguments = parse_config(build_parser(__doc__, add_own_flags), sys.argv[1:])
     if arguments.output is None:
         raise UserError("--output DIR is needed: where trials, journal and results go")
     if not arguments.config:
         raise UserError("--config RECIPE is needed: the run to be tuned")
     try:
-        launcher = shlex.split(arguments.launcher)
+        launcher = [sys.executable] if arguments.launcher is None else shlex.split(arguments.launcher)
     except ValueError as error:
         raise UserError(f"--launcher {arguments.launcher}: {error}") from None
     tuner = Tuner(

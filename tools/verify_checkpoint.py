@@ -2,8 +2,8 @@
 
     python tools/verify_checkpoint.py runs/slw
 
-A run or its checkpoints: all of them, newest first; or one checkpoint. A whole one is one line, of any other each fault
-is one. The status is 0 only where all are whole; what a crash has left unfinished is told of on stderr and not counted.
+Of a run, or of its checkpoints, all are checked, newest first. A whole one is one line; of a damaged one each fault is
+a line. The status is 0 only where all are whole; what a crash has left unfinished is told of on stderr and not counted.
 """
 
 from __future__ import annotations
@@ -19,14 +19,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from the so
 from megatron.checkpointing.commit import checkpoints_in, named_checkpoints
 from megatron.checkpointing.verification import verify_checkpoint
 from megatron.errors import EXIT_FAILURE, EXIT_FINISHED, UserError, run
+from megatron.flags import Parser, some_path
 
 
 def parse_arguments() -> argparse.Namespace:
     """The flags."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("directory", type=Path, metavar="DIR", help="a run, its checkpoints, or one of them")
+    parser = Parser(description=__doc__)
+    parser.add_argument("directory", type=some_path, metavar="DIR", help="a run, its checkpoints, or one of them")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
     return parser.parse_args()
 

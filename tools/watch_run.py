@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rich.console import Console
 
-from megatron.arguments import Parser
 from megatron.errors import run
+from megatron.flags import Parser
 from megatron.instability.dashboard import Dashboard, watch
 from megatron.instability.watching import WatchedRun
 
@@ -38,16 +38,11 @@ def seconds(text: str) -> float:
 
 def main() -> None:
     """Print once, or keep drawing."""
-    parser = Parser(
-        prog="watch_run.py",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="--save directory of a run, or its metrics.jsonl")
     parser.add_argument("--once", action="store_true", help="print the present state and end")
-    parser.add_argument("--interval", type=seconds, default=1.0, metavar="SECONDS", help="time between two looks [1]")
-    arguments = parser.parse_known(sys.argv[1:])
+    parser.add_argument("--interval", type=seconds, default=1.0, metavar="SECONDS", help="time between two looks")
+    arguments = parser.parse_args()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # the name of a run may hold what the terminal cannot show
     console = Console(highlight=False)

@@ -10,7 +10,7 @@ from pathlib import Path
 from megatron.checkpointing.tensors import storage_errors, write_safetensors
 from megatron.checkpointing.weights import cast, find_weights, read_named
 from megatron.errors import UserError
-from megatron.files import fsync_directory
+from megatron.files import fsync_directory, make_parent
 
 
 def export_weights(load: Path, output: Path, *, dtype: str | None, force: bool) -> str:
@@ -31,6 +31,7 @@ def export_weights(load: Path, output: Path, *, dtype: str | None, force: bool) 
         raise UserError(f"--output {output} exists: give --force to replace it, or choose another name")
     path = find_weights(load).path
     weights = cast(read_named(path), dtype)
+    make_parent(output)
     temporary = output.with_name(f".{output.name}.tmp-{secrets.token_hex(4)}")
     with storage_errors("write", output):
         try:

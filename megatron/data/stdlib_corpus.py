@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
-from megatron.files import write_atomic
+from megatron.files import make_parent, write_atomic
 
 LEFT_OUT = {
     "test",
@@ -86,6 +86,6 @@ def write_stdlib_corpus(path: Path) -> tuple[int, int]:
     They stand in the order of a hash of their names, so that a split by position is a fair one.
     """
     documents = sorted(stdlib_documents(), key=lambda d: hashlib.sha256(d["source"].encode()).digest())
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_parent(path)
     write_atomic(path, "".join(json.dumps(document) + "\n" for document in documents))
     return len(documents), sum(len(document["text"].encode()) for document in documents)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron.config import require
 from megatron.errors import UserError
-from megatron.files import explain, file_errors
+from megatron.files import explain, file_errors, make_parent
 from megatron.model.decoding import Decoder
 from megatron.model.gpt2 import GPT2Model
 from megatron.model.initialisation import generator_for
@@ -253,6 +253,8 @@ def output_stream(path: Path | None) -> Iterator[TextIO]:
         UserError: where it cannot be written. (A reader of standard output may leave: BrokenPipeError.)
     """
     beside = None if path is None or (path.exists() and not path.is_file()) else path.with_name(f"{path.name}.part")
+    if beside is not None:
+        make_parent(beside)
     try:
         with open(1 if path is None else beside or path, "w", encoding="utf-8", closefd=path is not None) as stream:
             yield stream

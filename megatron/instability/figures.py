@@ -17,6 +17,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 
 from megatron.errors import UserError
+from megatron.files import make_parent
 from megatron.instability.curves import (
     COLOURS,
     EDGE,
@@ -227,8 +228,8 @@ def _legend(runs: Sequence[Run]) -> list[Line2D]:
 
 
 def _save(figure: Figure, path: Path) -> None:
+    make_parent(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=200)
+        figure.savefig(path, dpi=200, format=path.suffix[1:] or "png")  # else a name without an ending gets one
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot write the figure: {error}") from error

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from megatron.errors import UserError
-from megatron.files import file_errors, write_atomic
+from megatron.files import make_parent, write_atomic
 from megatron.instability.curves import COLOURS, legend_of, places_of
 from megatron.instability.figures import REPORT_FIGURES, THEME, report_svg
 from megatron.instability.summary import Run
@@ -56,10 +55,7 @@ _TEXT_COLUMNS = {"run", "state", "target", "group"}
 
 def write_report(path: Path, runs: Sequence[Run], tables: Sequence[Table], sentences: str = "") -> None:
     """Write the report to `path`, whole or not at all. Raises UserError where it cannot be written."""
-    if path.is_dir():
-        raise UserError(f"--html {path} is a directory: name a file in it")
-    with file_errors("create the directory of", path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    make_parent(path)
     write_atomic(path, render(runs, tables, sentences))
 
 

@@ -117,21 +117,21 @@ class SearchOptions:
     """Which trials there may be. Multiples are of the learning rate warmup's steps."""
 
     first_start: int | None = None
-    """Smallest start (default: --seqlen-multiple)."""
+    """Smallest sequence length to start with (default: --seqlen-multiple)."""
     last_start: int | None = None
-    """Largest start (default: half of --seq-length)."""
+    """Largest sequence length to start with (default: half of --seq-length)."""
     first_multiple: float = 4.0
-    """T of the trials that look for the start."""
+    """T of the trials that look for the start, in multiples of the learning rate warmup."""
     min_multiple: float = 1.0
-    """Smallest T."""
+    """Smallest T to consider, in the same unit."""
     max_multiple: float = 32.0
-    """Largest T."""
+    """Largest T to consider, in the same unit."""
     resolution: float = 1.0
-    """Distance between one T and the next."""
+    """Distance between one T and the next, in the same unit."""
     trial_multiple: float = 10 / 3
-    """Steps of a trial (the paper's 10K for a warmup of 3K)."""
+    """Length of a trial, in the same unit (the paper's 10K steps for a warmup of 3K)."""
     warmup_validations: int = 10
-    """Validations within the learning rate warmup; they go on at that interval."""
+    """Validations of a trial within the learning rate warmup; they go on at that interval."""
 
     def __post_init__(self) -> None:
         for name in ("first_multiple", "min_multiple", "max_multiple", "resolution", "trial_multiple"):

@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron.checkpointing.commit import CHECKPOINTS
 from megatron.errors import UserError
-from megatron.files import file_errors, write_atomic
+from megatron.files import file_errors, make_parent, write_atomic
 
 WIKITEXT, LAMBADA = "WIKITEXT103", "LAMBADA"
 STRICT_LAMBADA = "LAMBADA-strict"
@@ -53,6 +53,7 @@ def write_result(result: dict[str, Any], *, load: Path, output: Path | None) -> 
     """
     written = []
     if output is not None:
+        make_parent(output)
         write_atomic(output, _text(result))
         written.append(output)
     if (kept := kept_results(load)) is not None:
