@@ -9,6 +9,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from itertools import pairwise
 from statistics import median
 from types import TracebackType
@@ -105,6 +106,16 @@ class ProgressLine:
         erase = "\r\x1b[2K" if self._line else ""
         self._write(f"{erase}{text}\n{self._line}")
 
+    def message_at_once(self, text: str) -> None:
+        """As `message`, from a signal handler: past the stream's buffer, which the program may be writing to just now.
+
+        A stream without a file descriptor is passed over, and so is one that nobody reads any more.
+        """
+        if not self._silent:
+            erase = "\r\x1b[2K" if self._live else ""
+            with suppress(OSError, ValueError):
+                os.write(self._stream.fileno(), f"{erase}{text}\n{self._line}".encode(errors="replace"))
+
     def speed(self) -> float | None:
         """Recent tokens per second of training time; None before the second step."""
         steps = list(self._steps())
@@ -171,42 +182,49 @@ class ProgressLine:
             if step.tokens > 0 and step.seconds >= 0:
                 yield step
 
-    def _fields(self, step: Mapping[str, Any]) -> list[str]:
-        tokens = format_count(step["consumed_tokens"])
+    def _fields(self, step: Mapping[str, Any]) -> tuple[str, list[str]]:
+        """The step, and the fields after it: what a narrow terminal can best do without comes last."""
+
+        def value(key: str, label: str, style: str) -> list[str]:
+            return [] if step.get(key) is None else [f"{label} {step[key]:{style}}"]
+
+        done, ahead = format_count(step["consumed_tokens"]), []
         if self._target:
             share = min(1.0, step["consumed_tokens"] / self._target)
-            tokens = f"{tokens}/{format_count(self._target)} tokens {math.floor(100 * share)}%"
-        else:
-            tokens += " tokens"
-        parts = [f"step {step['iteration']:,}", tokens]
-        for key, label, style in (
-            ("loss", "loss", ".4f"),
-            ("seqlen", "seqlen", "d"),
-            ("global_batch_size", "batch", "d"),
-            ("lr", "lr", ".1e"),
-            ("grad_norm", "grad norm", ".2f"),
-        ):
-            if step.get(key) is not None and (key != "global_batch_size" or step[key] < self._full_batch):
-                parts.append(f"{label} {step[key]:{style}}")
+            ahead = [f"{math.floor(100 * share)}% ETA {format_duration(self.seconds_left())}"]
+            done += f"/{format_count(self._target)}"
+        growing = (step.get("global_batch_size") or math.inf) < self._full_batch
         speed = self.speed()
-        if speed is not None:
-            parts.append(f"{format_count(speed)} tok/s")
-        if self._target:
-            parts.append(f"ETA {format_duration(self.seconds_left())}")
-        return parts
+        return f"step {step['iteration']:,}", [
+            *ahead,
+            *value("loss", "loss", ".4f"),
+            *value("seqlen", "seqlen", "d"),
+            *(value("global_batch_size", "batch", "d") if growing else []),
+            *([] if speed is None else [f"{format_count(speed)} tok/s"]),
+            f"{done} tokens",
+            *value("lr", "lr", ".1e"),
+            *value("grad_norm", "grad norm", ".2f"),
+        ]
 
     def _print_step(self, step: Mapping[str, Any]) -> None:
         self._last_printed = step["iteration"]
-        self._write(" | ".join(self._fields(step)) + "\n")
+        number, fields = self._fields(step)
+        self._write(" | ".join([number, *fields]) + "\n")
 
     def _draw(self, now: float) -> None:
         if self._last is None:
             return
         self._drawn = now
-        step, *rest = self._fields(self._last)
-        text = " | ".join([self._name, rest[0], step, *rest[1:]])
         # One column is left free: a full line makes some terminals wrap, and then "\r" returns to the wrong row.
-        self._line = text[: max(1, shutil.get_terminal_size().columns - 1)]
+        width = max(1, shutil.get_terminal_size().columns - 1)
+        number, fields = self._fields(self._last)
+        fields.insert(1 if self._target else 0, number)
+        text = self._name
+        for field in fields:
+            if len(text) + len(field) + 3 > width:
+                break
+            text += f" | {field}"
+        self._line = text[:width]
         self._write(f"\r\x1b[2K{self._line}")
 
     def _write(self, text: str) -> None:

@@ -64,8 +64,8 @@ def run(main: Callable[[], int | None]) -> NoReturn:
                 traceback.print_exc()
     except MemoryError as error:
         print(f"error: {who}out of memory ({error}): {MEMORY_ADVICE}", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print("; ".join(["error: interrupted", *map(str, interrupt.args)]), file=sys.stderr)
         status = EXIT_INTERRUPTED
     except BrokenPipeError:
         pass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -68,13 +69,13 @@ def test_plain_lines_every_log_interval() -> None:
     line.validation({"iteration": 1250, "consumed_tokens": 4_375_000, "loss": 5.0, "perplexity": 148.4132})
     line.close()
     assert out.getvalue().splitlines() == [
-        "step 600 | 2.10M/10.0M tokens 21% | loss 5.1234 | seqlen 120 | lr 6.0e-04 | grad norm 0.52 | 20.0K tok/s"
-        " | ETA 06:35",
-        "step 1,200 | 4.20M/10.0M tokens 42% | loss 5.1234 | seqlen 120 | lr 6.0e-04 | grad norm 0.52 | 20.0K tok/s"
-        " | ETA 04:50",
+        "step 600 | 21% ETA 06:35 | loss 5.1234 | seqlen 120 | 20.0K tok/s | 2.10M/10.0M tokens"
+        " | lr 6.0e-04 | grad norm 0.52",
+        "step 1,200 | 42% ETA 04:50 | loss 5.1234 | seqlen 120 | 20.0K tok/s | 4.20M/10.0M tokens"
+        " | lr 6.0e-04 | grad norm 0.52",
         "validation | step 1,250 | 4.38M tokens | loss 5.0000 | perplexity 148.41",
-        "step 1,250 | 4.38M/10.0M tokens 43% | loss 5.1234 | seqlen 120 | lr 6.0e-04 | grad norm 0.52 | 20.0K tok/s"
-        " | ETA 04:41",
+        "step 1,250 | 43% ETA 04:41 | loss 5.1234 | seqlen 120 | 20.0K tok/s | 4.38M/10.0M tokens"
+        " | lr 6.0e-04 | grad norm 0.52",
     ]
 
 
@@ -169,14 +170,52 @@ def test_live_line_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
         line.update(step(iteration, 10 * iteration))
     drawn = out.getvalue().split("\r\x1b[2K")[1:]
     assert 9 <= len(drawn) <= 12  # ten a second
-    assert drawn[0].startswith("slw | 10/1.00K tokens 1% | step 1 | loss 5.1234")
+    assert drawn[0] == "slw | 1% ETA --:-- | step 1 | loss 5.1234 | seqlen 120"
     assert all(len(text) <= 59 and "\n" not in text for text in drawn)
     line.message("saved")
     assert re.search(r"\r\x1b\[2Ksaved\nslw \| [^\n]*$", out.getvalue())
     line.close()
-    assert "slw | 1.00K/1.00K tokens 100%" in out.getvalue().rpartition("\x1b[2K")[2]
+    assert "slw | 100% ETA 00:00" in out.getvalue().rpartition("\x1b[2K")[2]
     assert out.getvalue().endswith("\n")
     line.close()
+
+
+@pytest.mark.parametrize(
+    ("columns", "line"),
+    [
+        (8, "baselin"),
+        (79, "baseline | 50% ETA 00:10 | step 20 | loss 5.1234 | seqlen 120 | 50 tok/s"),
+        (99, "baseline | 50% ETA 00:10 | step 20 | loss 5.1234 | seqlen 120 | 50 tok/s | 500/1.00K tokens"),
+        (300, "baseline | 50% ETA 00:10 | step 20 | loss 5.1234 | seqlen 120 | 50 tok/s | 500/1.00K tokens"
+              " | lr 6.0e-04 | grad norm 0.52"),
+    ],
+)  # fmt: skip
+def test_a_narrow_terminal_goes_without_the_last_fields(
+    monkeypatch: pytest.MonkeyPatch, columns: int, line: str
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", str(columns))
+    out, clock = Terminal(), Clock()
+    progress = ProgressLine("baseline", target_tokens=1000, stream=out, clock=clock)
+    for iteration in (10, 20):
+        clock.now = 5.0 * iteration / 10
+        progress.update(step(iteration, 25 * iteration))
+    assert out.getvalue().rpartition("\x1b[2K")[2] == line[: columns - 1]
+
+
+def test_a_line_from_a_signal_handler_goes_past_the_buffer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "60")
+    with (tmp_path / "screen").open("w") as stream:
+        monkeypatch.setattr(stream, "isatty", lambda: True)
+        line = ProgressLine("slw", target_tokens=None, stream=stream)
+        line.update(step(1, 10))
+        monkeypatch.setattr(stream, "write", None)
+        line.message_at_once("stopping")
+        monkeypatch.undo()
+        drawn = "slw | step 1 | loss 5.1234 | seqlen 120 | 10 tokens"
+        assert (tmp_path / "screen").read_bytes().decode() == f"\r\x1b[2K{drawn}\r\x1b[2Kstopping\n{drawn}"
+    ProgressLine("slw", target_tokens=None, stream=io.StringIO()).message_at_once("there is no descriptor")
 
 
 def test_dumb_terminal_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,7 +223,7 @@ def test_dumb_terminal_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None
     out = Terminal()
     with ProgressLine("slw", target_tokens=None, log_interval=1, stream=out) as line:
         line.update({"iteration": 1, "consumed_tokens": 5, "loss": float("nan")})
-    assert out.getvalue() == "step 1 | 5 tokens | loss nan\n"
+    assert out.getvalue() == "step 1 | loss nan | 5 tokens\n"
 
 
 def test_silent_on_other_ranks() -> None:

@@ -7,13 +7,17 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from whole_runs import log_of, toy_corpus
 
+from megatron.config import CheckpointConfig
 from megatron.data.indexed_writer import IndexedDatasetWriter
+from megatron.training.home import how_to_go_on
+from megatron.training.stop import StopRequest
 
 ROOT = Path(__file__).parents[1]
 MODEL = (
@@ -365,9 +369,36 @@ def test_a_second_interrupt_ends_at_once_with_one_line(corpus, tmp_path):
     for _ in range(2):
         process.send_signal(signal.SIGINT)
         time.sleep(0.3)
-    _, errors = process.communicate(timeout=60)
+    said, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert errors == "error: interrupted\n"
+    assert said.count("SIGINT: stopping after this step, then saving (again: stop now") == 1
+    assert errors == "error: interrupted; no checkpoint was saved yet: the same command starts anew\n"
+
+
+def test_after_an_interruption_it_is_said_which_checkpoint_is_the_last(tmp_path):
+    home = tmp_path / "run"
+    for iteration in (5, 10):
+        (home / "checkpoints" / f"iter_{iteration:07d}").mkdir(parents=True)
+    last = home / "checkpoints/iter_0000010"
+    config = CheckpointConfig(save=str(home), load=str(home))
+    assert how_to_go_on(config) == f"the last checkpoint is {last}: the same command goes on from there"
+    assert f"the same command with --load {home} goes on" in how_to_go_on(replace(config, load=None))
+    assert how_to_go_on(CheckpointConfig()) == "nothing is saved: no --save"
+
+
+def test_a_signal_is_answered_at_once():
+    said: list[str] = []
+    for saves in (True, False):
+        with StopRequest(saves=saves, say=said.append) as stop:
+            for number in (signal.SIGTERM, signal.SIGUSR1):
+                signal.raise_signal(number)
+            assert stop.reason == "SIGUSR1"
+            signal.raise_signal(signal.SIGINT)
+    assert said[:2] == [
+        "SIGTERM: stopping after this step, then saving",
+        "SIGINT: stopping after this step, then saving (again: stop now, and lose the steps since the last checkpoint)",
+    ]
+    assert said[2] == "SIGTERM: stopping after this step, then ending: no --save" and len(said) == 4
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])

@@ -12,6 +12,7 @@ from megatron.checkpointing.checkpoint import STATE, Checkpoint, check_space, fi
 from megatron.checkpointing.commit import (
     CHECKPOINTS,
     checkpoints_in,
+    named_checkpoints,
     reap_temporary,
     set_aside_newer,
 )
@@ -74,6 +75,17 @@ def find_checkpoint(config: CheckpointConfig, world: World, console: ProgressLin
             raise world.fault(f"--load {config.load}: no checkpoint found there; {advice}")
         console.message(f"--load {config.load}: no checkpoint yet, starting from scratch")
     return found
+
+
+def how_to_go_on(config: CheckpointConfig) -> str:
+    """After an interruption: which checkpoint of the run is the last, and how to go on from it."""
+    if config.save is None:
+        return "nothing is saved: no --save"
+    found = named_checkpoints(checkpoints_in(Path(config.save)))
+    if not found:
+        return "no checkpoint was saved yet: the same command starts anew"
+    again = "the same command" if continues(config) else f"the same command with --load {config.save}"
+    return f"the last checkpoint is {found[0]}: {again} goes on from there"
 
 
 def resume(

@@ -25,6 +25,7 @@ from megatron.training.home import (
     check_homes,
     continues,
     find_checkpoint,
+    how_to_go_on,
     open_home,
     resume,
     stop_file,
@@ -50,7 +51,10 @@ def pretrain(config: Config, model_provider: ModelProvider, forward_step: Forwar
         which would take that for a crash, EXIT_FINISHED for both. SAVE/exit.json says which.
     """
     with connect(config) as (world, watch):
-        status = _pretrain(config, world, watch, model_provider, forward_step)
+        try:
+            status = _pretrain(config, world, watch, model_provider, forward_step)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(*([how_to_go_on(config.checkpoint)] if world.is_main else [])) from None
     return EXIT_FINISHED if under_torchrun() else status
 
 
@@ -73,7 +77,12 @@ def _pretrain(
             log_interval=log.log_interval,
             silent=not world.is_main,
         ) as console,
-        StopRequest(minutes=config.training.exit_duration_in_mins, file=stop_file(config, world)) as stop,
+        StopRequest(
+            minutes=config.training.exit_duration_in_mins,
+            file=stop_file(config, world),
+            saves=config.checkpoint.save is not None,
+            say=console.message_at_once,
+        ) as stop,
         ExitStack() as owned,
     ):
         if config.checkpoint.save is not None:

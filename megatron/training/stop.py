@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
@@ -21,7 +22,15 @@ class StopRequest:
     A time limit and a file that people may create are requests too.
     """
 
-    def __init__(self, *, minutes: float | None = None, file: Path | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        minutes: float | None = None,
+        file: Path | None = None,
+        saves: bool = True,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        """`say` is called from the handler of a signal, with what happens now; `saves`: the stop is saved."""
         self._reason: str | None = None
         self._interrupts = 0
         self._previous: dict[signal.Signals, object] = {}
@@ -29,6 +38,8 @@ class StopRequest:
         self._deadline = None if minutes is None else time.monotonic() + 60 * minutes
         self._file = file
         self._next_look = 0.0
+        self._saves = saves
+        self._say = say
 
     @property
     def reason(self) -> str | None:
@@ -60,6 +71,11 @@ class StopRequest:
         self._interrupts += number == signal.SIGINT
         if self._interrupts > 1:
             raise KeyboardInterrupt
-        self._reason = signal.Signals(number).name
+        first, self._reason = self._reason is None, signal.Signals(number).name
         if number == signal.SIGUSR1 and SIGNALLED_BY in os.environ:
             self._reason += f" from {os.environ[SIGNALLED_BY]}"
+        if first or number == signal.SIGINT:
+            text = f"{self._reason}: stopping after this step, then {'saving' if self._saves else 'ending: no --save'}"
+            if number == signal.SIGINT:
+                text += " (again: stop now, and lose the steps since the last checkpoint)"
+            self._say(text)
