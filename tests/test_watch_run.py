@@ -270,13 +270,13 @@ def test_into_a_pipe_it_prints_once_without_colours(
         ([], "the following arguments are required: RUN"),
         (["run", "--interval", "0"], "argument --interval: expected seconds from 0.05 to 3600, found '0'"),
         (["run", "--interval", "nan"], "found 'nan'"),
-        (["run", "--onse"], "unknown flag --onse; did you mean --once"),
+        (["run", "--onse"], "unknown flag --onse (did you mean --once?)"),
     ],
 )
 def test_wrong_flags(program: Callable[..., None], arguments: list[str], message: str) -> None:
     with pytest.raises(Exception, match=re.escape(message)) as found:
         program(*arguments)
-    assert type(found.value).__name__ == "UserError"
+    assert type(found.value).__name__ == "CommandLineError"
 
 
 class Terminal:
