@@ -6,6 +6,7 @@ its help, a `bool` is `--x/--no-x`. A room of the program gets its section, neve
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Literal, get_args
 
@@ -31,6 +32,29 @@ def require(condition: bool, message: str) -> None:
     """Raise UserError with `message` unless `condition` holds."""
     if not condition:
         raise UserError(message)
+
+
+def require_owners(
+    section: SeqlenWarmupConfig | BatchSizeWarmupConfig, kind: str, owners: dict[str, Sequence[str]]
+) -> None:
+    """Raise UserError where a setting of `section` is given that goes only with other values of its setting `kind`.
+
+    Whether it is given shows where it differs from its default: one that does not changes nothing.
+    """
+    chosen = getattr(section, kind)
+    misfits = {
+        name.replace("_", "-"): kinds
+        for name, kinds in owners.items()
+        if getattr(section, name) != getattr(type(section), name) and chosen not in kinds
+    }
+    if not misfits:
+        return
+    named = [f"--{name} (for {' or '.join(kinds)})" for name, kinds in misfits.items()]
+    them = "it" if len(named) == 1 else "them"
+    raise UserError(
+        f"--{kind.replace('_', '-')} {chosen} takes no {' and no '.join(named)}: choose another or drop {them}; "
+        f"where a recipe has set {them}, add {' '.join(f'--unset {name}' for name in misfits)}"
+    )
 
 
 @dataclass(frozen=True)
@@ -168,11 +192,8 @@ class SeqlenWarmupConfig:
             self._check_growth(seq_length)
 
     def _check_owners(self) -> None:
-        """Raise UserError where a setting is given that belongs to another pacing.
-
-        Whether it is given shows where it differs from its default: one that does not changes nothing.
-        """
-        owners = {
+        """Raise UserError where a setting is given that belongs to another pacing."""
+        owners: dict[str, Sequence[str]] = {
             "seqlen_start": (*get_args(Growth), "adaptive"),
             "seqlen_warmup_iters": get_args(Growth),
             "seqlen_warmup_tokens": get_args(Growth),
@@ -184,19 +205,7 @@ class SeqlenWarmupConfig:
             "seqlen_adaptive_tolerance": ("adaptive",),
             "seqlen_realisation": (*get_args(Growth), "discrete", "mixed", "adaptive"),
         }
-        misfits = {
-            name.replace("_", "-"): pacings
-            for name, pacings in owners.items()
-            if getattr(self, name) != getattr(SeqlenWarmupConfig, name) and self.seqlen_warmup not in pacings
-        }
-        if not misfits:
-            return
-        named = [f"--{name} (for {' or '.join(pacings)})" for name, pacings in misfits.items()]
-        unset = " ".join(f"--unset {name}" for name in misfits)
-        raise UserError(
-            f"--seqlen-warmup {self.seqlen_warmup} takes no {' and no '.join(named)}: choose another pacing or drop "
-            f"{(them := 'it' if len(named) == 1 else 'them')}; where a recipe has set {them}, add {unset}"
-        )
+        require_owners(self, "seqlen_warmup", owners)
 
     def _check_lengths(self, flag: str, text: str | None, lengths: list[int], seq_length: int) -> None:
         for value in lengths:
@@ -271,16 +280,9 @@ class BatchSizeWarmupConfig:
     def check(self, global_batch_size: int) -> None:
         """Raise UserError unless this warmup leads to `global_batch_size`."""
         warmup, start, increment = self.batch_size_warmup, self.batch_size_start, self.batch_size_increment
-        given = {"batch_size_start": start, "batch_size_stages": self.batch_size_stages} | {
-            f"batch_size_warmup_{unit}": value for value, unit in self._durations()
-        }
-        for name, value in given.items():
-            flag, owner = "--" + name.replace("_", "-"), "stages" if name == "batch_size_stages" else "linear"
-            require(value is None or warmup == owner, f"{flag} has no effect without --batch-size-warmup {owner}")
-        require(
-            increment == BatchSizeWarmupConfig.batch_size_increment or warmup == "linear",
-            f"--batch-size-increment {increment} has no effect without --batch-size-warmup linear",
-        )
+        linear = ("start", "increment", "warmup_iters", "warmup_tokens", "warmup_samples")
+        owners: dict[str, Sequence[str]] = {f"batch_size_{name}": ("linear",) for name in linear}
+        require_owners(self, "batch_size_warmup", owners | {"batch_size_stages": ("stages",)})
         if warmup == "stages":
             require(self.batch_size_stages is not None, "--batch-size-warmup stages needs --batch-size-stages")
             sizes, ends = self.stages()

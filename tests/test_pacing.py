@@ -213,13 +213,13 @@ def test_what_is_not_truncated_counts_all_tokens(realisation):
         ({"seqlen_warmup": "root", "seqlen_root_degree": 0}, "--seqlen-root-degree 0"),
         (
             {"seqlen_warmup": "none"},
-            "--seqlen-warmup none takes no --seqlen-warmup-iters (for linear or root): choose another pacing or drop "
+            "--seqlen-warmup none takes no --seqlen-warmup-iters (for linear or root): choose another or drop "
             "it; where a recipe has set it, add --unset seqlen-warmup-iters",
         ),
         (
             {"seqlen_warmup": "none", "seqlen_start": 64},
             "takes no --seqlen-start (for linear or root or adaptive) and no --seqlen-warmup-iters (for linear or "
-            "root): choose another pacing or drop them; where a recipe has set them, add --unset seqlen-start --unset "
+            "root): choose another or drop them; where a recipe has set them, add --unset seqlen-start --unset "
             "seqlen-warmup-iters",
         ),
         ({"seqlen_root_degree": 3}, "--seqlen-warmup linear takes no --seqlen-root-degree (for root): "),
