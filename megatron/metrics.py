@@ -23,6 +23,9 @@ from megatron.files import file_errors
 from megatron.tensorboard_sink import WRITE, TensorBoard
 
 METRICS_FILE = "metrics.jsonl"
+EXIT_FILE = "exit.json"
+"""Beside it, how a run ended: {"status": "finished", "stopped" (and saved) or "diverged", "iteration", "reason"}.
+Launchers read it; a run that died left none."""
 
 TENSORBOARD_SECONDS = 0.02
 """Steps reach TensorBoard at most this often: a step costs 0.4 ms there (its checksums are pure Python), and it shows a

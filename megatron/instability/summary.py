@@ -23,12 +23,11 @@ from megatron.instability.zeroshot_results import (
     differences,
     read_results,
 )
-from megatron.metrics import METRICS_FILE, json_safe, read_lines
+from megatron.metrics import EXIT_FILE, METRICS_FILE, json_safe, read_lines
 from megatron.owner_file import OWNER_FILE, how_ended
 
-EXIT_FILE = "exit.json"
-"""Beside the log, where a run did not just die: {"status": one of ENDS, "iteration", "reason"}."""
 ENDS = ("finished", "stopped", "diverged")
+"""The statuses in an EXIT_FILE."""
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,8 @@ from megatron.console import ProgressLine
 from megatron.distributed.world import World
 from megatron.errors import UserError
 from megatron.files import file_errors, write_atomic
-from megatron.metrics import METRICS_FILE
+from megatron.metrics import EXIT_FILE, METRICS_FILE
 from megatron.training.state import NEEDED_BY_WEIGHTS, TrainState, check_settings
-
-EXIT_FILE = "exit.json"
-"""How a run ended: {"status": "finished", "stopped" (and saved) or "diverged", "iteration", "reason"}. Launchers read
-it; a run that died left none."""
 
 
 def check_homes(config: CheckpointConfig) -> None:
