@@ -16,8 +16,14 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[1]
-MOUNTED = {"README.md": "readme.md", "CONTRIBUTING.md": "contributing.md"}
-"""File of the repository -> page of the site (index.md is the front page)."""
+MOUNTED = {
+    "README.md": "readme.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+    "CITATION.cff": "CITATION.cff",
+    "LICENSE": "LICENSE.txt",
+}
+"""File of the repository -> page or file of the site (index.md is the front page)."""
 FOLDERS = ("recipes", "examples")
 """All of them keeps its place."""
 LINK = re.compile(r"(\]\()([^)\s#:]+)(#[^)\s]*)?\)")
