@@ -11,10 +11,12 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+from pages import PAGES, ROOT, commands_of, name_of, split_page
 
 from megatron import deepspeed_config, old_flags
 from megatron.arguments import build_parser, parse_config
@@ -22,34 +24,11 @@ from megatron.flags import Parser
 from megatron.old_flags import SWITCHES
 from megatron.pacing.plan import plan_run
 
-ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "recipes/README.md", *sorted(ROOT.glob("docs/*.md"))]
 TOOLS = {f"tools/{path.name}": f"tools.{path.stem}" for path in sorted(ROOT.glob("tools/*.py"))}
-PROGRAMS = {"pretrain_gpt2.py": "pretrain_gpt2"} | TOOLS
+BENCHMARKS = {f"benchmarks/{path.name}": path.stem for path in sorted(ROOT.glob("benchmarks/bench_*.py"))}
+PROGRAMS = {"pretrain_gpt2.py": "pretrain_gpt2"} | TOOLS | BENCHMARKS
 """Program, as a command names it -> module."""
 MIGRATION = ROOT / "docs/migration.md"
-
-
-def name_of(path: Path) -> str:
-    return path.relative_to(ROOT).as_posix()
-
-
-@functools.cache
-def split_page(page: Path) -> tuple[str, list[str]]:
-    """The prose of a page, and its blocks of code: fenced, or indented by four."""
-    prose: list[str] = []
-    blocks: list[str] = []
-    fenced = False
-    for line in page.read_text(encoding="utf-8").splitlines():
-        if line.startswith("```"):
-            fenced = not fenced
-            blocks.append("")
-        elif fenced or line.startswith("    "):
-            blocks[-1:] = [f"{blocks[-1] if blocks else ''}{line.strip()}\n"]
-        else:
-            prose.append(line)
-            blocks.append("")
-    return "\n".join(prose), [block for block in blocks if block]
 
 
 def rows(page: Path, name: str) -> list[list[str]]:
@@ -126,6 +105,8 @@ def parser_of(program: str, words: list[str] | None, monkeypatch: pytest.MonkeyP
 
         return parse
 
+    if program in BENCHMARKS:
+        monkeypatch.syspath_prepend(ROOT / "benchmarks")
     main = importlib.import_module(PROGRAMS[program]).main
     monkeypatch.setattr(Parser, "parse_args", cut(Parser.parse_args))
     monkeypatch.setattr(sys, "argv", [program, *(words or [])])
@@ -134,37 +115,21 @@ def parser_of(program: str, words: list[str] | None, monkeypatch: pytest.MonkeyP
     return met[0]
 
 
-RUNS = re.compile(
-    r"\b(python|torchrun|bash|sbatch) (.* )?(pretrain_gpt2\.py|tools/\w+\.py|scripts/\w+\.(sh|slurm))( |$)"
-)
+OURS = re.compile(r"(tools|scripts|benchmarks)/\S+|pretrain_gpt2(\.py)?")
 
 
-def commands() -> list[tuple[str, list[str]]]:
-    """Page, and the words of each command in a code block, that runs a program or a script of ours."""
-    found = []
+def commands() -> Iterator[tuple[str, list[str], str, list[str]]]:
+    """Page, what stands before a program or script of ours, its path, and its arguments."""
     for page in PAGES:
-        for block in split_page(page)[1]:
-            for line in block.replace("\\\n", " ").splitlines():
-                words = re.sub(r"[][]|^\$ ", "", re.sub(r" [|;] .*|; done.*| #.*", "", line))
-                if RUNS.search(words):
-                    found.append((name_of(page), shlex.split(re.sub(r"\$\w+|\bN\b", "1", words))))
-    return found
+        for command in commands_of(page):
+            words = shlex.split(re.sub(r"\$\w+|\bN\b", "1", re.sub(r"[][]|.* \| | \.\.\.$", "", command)))
+            place = next((n for n, word in enumerate(words) if OURS.fullmatch(word)), None)
+            if place is not None and words[0] != "deepspeed":
+                program = words[place].removesuffix(".py") + ".py" * (not words[place].endswith((".sh", ".slurm")))
+                yield name_of(page), words[:place], program, words[place + 1 :]
 
 
-def split_command(words: list[str]) -> tuple[list[str], str, list[str]]:
-    """What stands before the program or script, its path, and its arguments."""
-    place = next(n for n, word in enumerate(words) if re.fullmatch(r"(tools|scripts)/\S+|pretrain_gpt2.py", word))
-    return words[:place], words[place], words[place + 1 :]
-
-
-COMMANDS = [(page, *split_command(words)) for page, words in commands()]
-
-
-def test_commands_are_found() -> None:
-    """So that a change of the pages' form does not leave the tests below with nothing."""
-    used = {program for _, _, program, _ in COMMANDS}
-    assert len(used & set(PROGRAMS)) >= 10 and len(COMMANDS) > 50
-    assert {f"scripts/{name}" for name in ("quickstart.sh", "ds_train.sh", "pretrain_gpt2.slurm")} <= used
+COMMANDS = list(commands())
 
 
 @pytest.mark.parametrize(
@@ -180,7 +145,7 @@ def test_programs_know_the_flags_of_the_commands(
 ) -> None:
     files = ("--config", "--deepspeed-config")  # a page's my.yaml is not there
     given = [word for before, word in zip(["", *words], words, strict=False) if not {before, word} & set(files)]
-    given = given[given[:1] == ["..."] :]  # flags that are left out
+    given = given[given[:1] == ["..."] :]  # flags that are left out, in the place of some
     parser_of(program, given, monkeypatch)
 
 

@@ -1,5 +1,6 @@
 """The shell scripts, where the environment that they make is there."""
 
+import json
 import subprocess
 import time
 from pathlib import Path
@@ -21,6 +22,21 @@ def test_the_quickstart_reads_its_arguments(arguments, status, said):
     )
     assert result.returncode == status, result.stderr
     assert said in result.stdout + result.stderr
+
+
+@pytest.mark.slow
+def test_the_quickstart_on_ones_own_text(tmp_path):
+    if not list(ROOT.glob(".venv/.installed-base-*")):
+        pytest.skip("needs the .venv that scripts/test.sh makes")
+    words = "the river runs cold under a stone bridge and nobody has told them of it".split()
+    texts = [" ".join(words[n * k % 15] for k in range(1, 200)) for n in range(400)]
+    (tmp_path / "my.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    command = ["bash", str(ROOT / "scripts/quickstart.sh"), "--input", "my.jsonl", "--output", "runs/mine"]
+    result = subprocess.run(
+        [*command, "--train-tokens", "20K"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert "baseline" in result.stdout and (tmp_path / "runs/mine/comparison.png").exists()
 
 
 MINI = str(ROOT / "scripts/reproduce_mini.sh")
