@@ -124,7 +124,7 @@ def commands() -> Iterator[tuple[str, list[str], str, list[str]]]:
         for command in commands_of(page):
             words = shlex.split(re.sub(r"\$\w+|\bN\b", "1", re.sub(r"[][]|.* \| | \.\.\.$", "", command)))
             place = next((n for n, word in enumerate(words) if OURS.fullmatch(word)), None)
-            if place is not None and words[0] != "deepspeed":
+            if place is not None and words[0] != "deepspeed" and "--help" not in words:
                 program = words[place].removesuffix(".py") + ".py" * (not words[place].endswith((".sh", ".slurm")))
                 yield name_of(page), words[:place], program, words[place + 1 :]
 

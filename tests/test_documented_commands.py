@@ -32,6 +32,7 @@ NOT_RUN = {
     "docker ": "Docker and a GPU",
     "scancel": "SLURM",
     "deepspeed ": "what was typed in DeepSpeed's days",
+    "python -m torch.distributed.launch": "what was typed before torchrun",
     "pytest -m gpu": "a GPU",
     "pytest tests/test_kill_points.py": "is run by pytest itself",
 }
@@ -74,7 +75,7 @@ STAND_INS = {
     "SAVE=...": "SAVE=runs/x",
     "--data-path ...": "--data-path data/corpus_text_document",
     "pretrain_gpt2.py --deepspeed-config ds.json ...": "pretrain_gpt2.py --config my.yaml --deepspeed-config ds.json",
-    "--vocab-size 50257": "--vocab-size 300",
+    "--save runs/old --vocab-size 50257": "--save runs/converted --vocab-size 300",
     "--data-path runs/quickstart/corpus_text_document --output runs/tuning": (
         "--data-path runs/quickstart/corpus_text_document --output runs/quickstart/tuning"
     ),
@@ -95,6 +96,10 @@ TINY = {
     "--deepspeed-config": (
         f"{MODEL} {TRAINING} --seq-length 1024 --seqlen-warmup-iters 2 --data-path data/corpus_text_document "
         "--save runs/x --load runs/x"
+    ),
+    "--warmup .01": (
+        f"{MODEL} --seq-length 64 --global-batch-size 2 --micro-batch-size 2 --train-iters 4 --lr-decay-iters 4 "
+        "--eval-iters 1 --split 80,20,0 --no-fp16 --no-tensorboard"
     ),
     "--fit": MODEL,
     "pretrain_gpt2": f"{MODEL} {TRAINING}",
