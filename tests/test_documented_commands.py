@@ -6,6 +6,7 @@ after its own, unless a row of `ELSEWHERE` names the test that runs it, or one o
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shlex
@@ -243,7 +244,11 @@ def here(furnished: Path, tmp_path: Path) -> Path:
 
 
 def furnish(here: Path, words: list[str]) -> None:
-    """A run that a command reads, and that no command before it has made, is a copy of the one that is there."""
+    """What a command makes is not there yet; a run that it reads, and that none before it made, is a copy of ours."""
+    for result in ("data/tokenizer", "data/corpus"):
+        if {f"--output {result}", f"--output-prefix {result}"} & set(map(" ".join, itertools.pairwise(words))):
+            for path in here.glob(f"{result}*"):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
     for before, word in zip(["", *words], words, strict=False):
         for found in re.findall(r"(?:^|=)(runs/[\w.-]+)", word):
             saved = before in ("--save", "--output") or words[max(words.index(word), 1) - 1] == "--save"
