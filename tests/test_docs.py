@@ -305,3 +305,12 @@ def test_the_figures_of_how_it_works_are_those_that_the_script_draws() -> None:
     drawn = re.findall(r'"([\w-]+)": \w+', script.partition("FIGURES = {")[2].partition("}")[0])
     assert set(re.findall(r"images/how-it-works-([\w-]+)\.png", text)) == set(drawn)
     assert all((ROOT / f"docs/images/how-it-works-{name}.png").exists() for name in drawn)
+
+
+def test_the_comparison_in_the_readme_is_that_of_its_page() -> None:
+    page, readme = ((ROOT / name).read_text(encoding="utf-8") for name in ("docs/comparison.md", "README.md"))
+    sourced = set(re.sub(r" \[\d+\]", "", page).splitlines())
+    table = readme.partition("## Against other trainers\n\n")[2].partition("\n\n")[0].splitlines()
+    assert len(table) > 6 and set(table) <= sourced
+    cited = {int(number) for number in re.findall(r" \[(\d+)\]", page)}
+    assert cited == {int(number) for number in re.findall(r"^\| (\d+) \|", page, re.MULTILINE)}
