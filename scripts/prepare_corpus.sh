@@ -6,15 +6,19 @@
 set -euo pipefail
 output="${1:?prepare_corpus.sh needs the directory to write to}" input="${2:-}"
 source "$(dirname "$0")/environment.sh" base
-step() { printf '\n== %s\n' "$1"; }
+step() { # heading, what the step makes; false where that is there
+    local before=""
+    [ ! -e "$2" ] || before=" (done before)"
+    printf '\n== %s%s\n' "$1" "$before"
+    [ -z "$before" ]
+}
 
 mkdir -p "$output"
 if [ -z "$input" ]; then
     input="$output/stdlib.jsonl"
-    step "corpus"
-    [ -e "$input" ] || python "$root/tools/collect_stdlib.py" "$input"
+    ! step "corpus" "$input" || python "$root/tools/collect_stdlib.py" "$input"
 else
-    step "corpus: $input"
+    printf '\n== corpus: %s\n' "$input"
 fi
 
 name="$(printf %s "$input" | tr '[:upper:]' '[:lower:]')"
@@ -24,13 +28,11 @@ case "${name%.zst}" in
     *) text_unit=paragraph ;; # a text file that is one document leaves nothing to validate on
 esac
 
-step "tokenizer"
 tokenizer="$output/tokenizer"
-[ -e "$tokenizer/tokenizer.json" ] ||
+! step "tokenizer" "$tokenizer/tokenizer.json" ||
     python "$root/tools/train_tokenizer.py" --input "$input" --text-unit "$text_unit" --vocab-size 4096 \
         --output "$tokenizer" --overwrite # of what was stopped halfway, if anything is there
 
-step "preprocessing"
-[ -e "$output/corpus_text_document.idx" ] ||
+! step "preprocessing" "$output/corpus_text_document.idx" ||
     python "$root/tools/preprocess_data.py" --input "$input" --text-unit "$text_unit" --output-prefix "$output/corpus" \
         --append-eod --workers 2 --vocab-file "$tokenizer/vocab.json" --merge-file "$tokenizer/merges.txt"

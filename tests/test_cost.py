@@ -141,7 +141,7 @@ def test_steps_after_a_gap_in_the_log_are_left_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("lengths", "found"),
     [
-        ([256] * 40, "found 39 steps of 1 sizes"),
+        ([256] * 40, "found 39 steps of one size"),
         ([64] * 4 + [256] * 4, "found 7 steps of 2 sizes"),
         ([], "found 0 steps of 0 sizes"),
     ],

@@ -16,6 +16,7 @@ from megatron.errors import UserError
 from megatron.instability.groups import group_runs
 from megatron.instability.html_report import render
 from megatron.instability.quality import Arrival, time_to_quality
+from megatron.instability.report import BRIEFLY, ROWS, comparison_table, verdict
 from megatron.instability.statistics import Spread
 from megatron.instability.summary import Run, RunSummary, read_run, read_runs, summarise
 from megatron.instability.tables import Table, quality_table, report_tables
@@ -169,6 +170,27 @@ def test_zero_shot_results_stand_in_table_2_where_there_are_any(tmp_path: Path) 
     results.write_text('{"WIKITEXT103": {}}')
     with pytest.raises(UserError, match=r"zeroshot\.json: expected a number adjusted_perplexity of WIKITEXT103"):
         summarise(read_run(tmp_path / "measured"))
+
+
+@pytest.mark.parametrize("status", ["finished", "stopped", None])
+def test_a_run_that_ended_before_its_full_length_is_said_beside_the_verdict(tmp_path: Path, status: str | None) -> None:
+    for name, lengths in {"base": [64] * 4, "slw": [8, 24, 40, 40]}.items():
+        home = write_losses(tmp_path / name, [4.0, 3.0, 3.0, 2.0], seqlen=lengths)
+        (home / "config.yaml").write_text("seq-length: 64\ntrain-tokens: 400\nlr: 1e-3\n")
+        if status is not None:
+            (home / "exit.json").write_text(json.dumps({"status": status, "reason": None}))
+    sentences = verdict(read_runs([str(tmp_path / "base"), str(tmp_path / "slw")])).splitlines()
+    said = "slw ended at sequence length 40, before its warmup reached --seq-length 64"
+    assert [said in line for line in sentences] == ([False, False] if status is None else [False, True, False])
+    (tmp_path / "slw/config.yaml").write_text("of: another version")
+    assert len(verdict(read_runs([str(tmp_path / "base"), str(tmp_path / "slw")])).splitlines()) == 2
+
+
+def test_the_table_to_begin_with_is_short(tmp_path: Path) -> None:
+    summaries = [summarise(run) for run in planted(tmp_path, LOSSES)]
+    rows = [line.partition("  ")[0] for line in comparison_table(summaries, brief=True).splitlines()[2:]]
+    assert set(rows) == BRIEFLY and len(rows) == len(BRIEFLY)
+    assert len(comparison_table(summaries).splitlines()) == len(ROWS) + 2
 
 
 def test_a_terminal_shows_many_runs_by_their_seeds(tmp_path: Path) -> None:

@@ -1,22 +1,33 @@
 """The shell scripts, where the environment that they make is there."""
 
 import json
+import os
+import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
+
+from megatron.arguments import build_parser, parse_config
+from megatron.pacing.plan import plan_run
 
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize(
     ("arguments", "status", "said"),
-    [(["--help"], 0, "From raw text"), (["--input", "/no/such.jsonl"], 1, "no such file"), (["--oops"], 2, "unknown")],
+    [
+        (["--help"], 0, "From raw text"),
+        (["--input", "/no/such.jsonl"], 2, "error: --input /no/such.jsonl: no such file"),
+        (["--input", str(ROOT)], 2, f"error: --input {ROOT} is a folder: give a file"),
+        (["--input"], 2, "error: --input needs a value"),
+        (["--train-tokens", ""], 2, "error: --train-tokens needs a value"),
+        (["--oops"], 2, "error: unknown argument --oops"),
+    ],
 )
 def test_the_quickstart_reads_its_arguments(arguments, status, said):
-    if not list(ROOT.glob(".venv/.installed-base-*")):
-        pytest.skip("needs the .venv that scripts/test.sh makes")
     result = subprocess.run(
         ["bash", str(ROOT / "scripts/quickstart.sh"), *arguments], capture_output=True, text=True, check=False
     )
@@ -37,6 +48,101 @@ def test_the_quickstart_on_ones_own_text(tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert "baseline" in result.stdout and (tmp_path / "runs/mine/comparison.png").exists()
+
+
+PROGRAMS = """#!/bin/bash
+# In the place of .venv/bin/python: what the script has Python work out is real, the programs only note their flags.
+[ "$1" != - ] || exec "$REAL" "$@"
+echo "$*" >> "$CALLS"
+while [ $# -gt 0 ]; do
+    case "$1" in
+        *stdlib.jsonl) touch "$1" ;;
+        */tokenizer) mkdir -p "$1"; echo '{"a": 0}' > "$1/vocab.json"; touch "$1/tokenizer.json" ;;
+        --output-prefix) touch "$2_text_document.idx" ;;
+        --save) mkdir -p "$2"; echo '{"status": "finished"}' > "$2/exit.json" ;;
+    esac
+    shift
+done
+"""
+
+
+@pytest.fixture
+def quickstart(tmp_path):
+    """The script in a tree of its own, with programs that do nothing: its output, its status, its calls."""
+    root, calls = tmp_path / "tree", tmp_path / "calls"
+    (root / ".venv/bin").mkdir(parents=True)
+    for name in ("megatron", "recipes", "scripts", "pyproject.toml", "constraints.txt"):
+        (root / name).symlink_to(ROOT / name)
+    (root / "scripts").unlink()
+    shutil.copytree(ROOT / "scripts", root / "scripts")
+    files = (root / "pyproject.toml").read_bytes() + (root / "constraints.txt").read_bytes()
+    digest = subprocess.run(["cksum"], input=files, capture_output=True, check=True).stdout.split()[0].decode()
+    (root / f".venv/.installed-base-{digest}").touch()
+    (root / ".venv/bin/python").write_text(PROGRAMS)
+    (root / ".venv/bin/python").chmod(0o755)
+    environment = os.environ | {"REAL": sys.executable, "PYTHON": sys.executable, "CALLS": str(calls)}
+
+    def call(*arguments: str) -> tuple[str, int, list[str]]:
+        calls.unlink(missing_ok=True)
+        result = subprocess.run(
+            ["bash", str(root / "scripts/quickstart.sh"), "--output", str(tmp_path / "out"), *arguments],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, env=environment, cwd=tmp_path,
+        )  # fmt: skip
+        return result.stdout, result.returncode, calls.read_text().splitlines() if calls.exists() else []
+
+    return call
+
+
+def test_a_number_of_tokens_that_is_none_is_refused_before_anything_is_made(quickstart, tmp_path):
+    said, status, calls = quickstart("--train-tokens", "lots")
+    assert status == 1 and "--train-tokens" in said and "found 'lots'" in said and said.count("\n") == 1
+    assert not calls and not (tmp_path / "out").exists()
+
+
+def test_a_shorter_quickstart_has_shorter_warmups_and_a_corpus_serves_many(quickstart, tmp_path):
+    said, status, calls = quickstart("--train-tokens", "300K")
+    assert status == 0, said
+    assert len(calls) == 6 and "done before" not in said
+    flags = [call.partition("--config ")[2].split() for call in calls[3:5]]
+    for recipe, own in (("baseline", []), ("slw", ["--seqlen-warmup-iters", "25"])):
+        words = flags.pop(0)
+        assert words[0] == f"recipes/quickstart/{recipe}.yaml"
+        scaled = words[words.index("--train-tokens") : words.index("--save")]
+        assert scaled == ["--train-tokens", "300000", "--lr-warmup-iters", "5", *own]
+        assert words[-1] == str(tmp_path / "out" / recipe) and str(tmp_path / "out/tokenizer/vocab.json") in words
+    assert calls[5].endswith(f"--html {tmp_path}/out/report.html")
+    assert "tools/generate_samples_gpt2.py --load" in said and f"{tmp_path}/out/report.html" in said
+
+    said, status, calls = quickstart()
+    assert [call.split()[0] for call in calls] == ["pretrain_gpt2.py"] * 2 + ["tools/compare_runs.py"]
+    assert not any(flag in call for call in calls for flag in ("--train-tokens", "warmup-iters"))
+    assert calls[0].endswith(f"--load {tmp_path}/out/1200K/baseline")
+    assert said.count("(done before)") == 3
+
+    said, status, calls = quickstart()
+    assert len(calls) == 1 and said.count("(done before)") == 5
+
+
+def test_the_shortened_warmup_reaches_the_full_length(quickstart):
+    for tokens in ("20K", "300K", "1M"):
+        _, status, calls = quickstart("--train-tokens", tokens)
+        words = calls[-2].split()
+        flags = words[words.index("--train-tokens") : words.index("--save")]
+        config, _ = parse_config(build_parser(), ["--config", str(ROOT / "recipes/quickstart/slw.yaml"), *flags])
+        assert status == 0 and plan_run(config).full_length_iteration is not None
+
+
+def test_the_tokenizer_of_another_text_is_not_taken(quickstart, tmp_path):
+    text = tmp_path / "my.txt"
+    text.write_text("Once upon a time")
+    assert quickstart("--input", "my.txt")[1] == 0
+    said, status, calls = quickstart()
+    assert status == 1 and not calls
+    assert f"out holds a tokenizer made from {text}, not from the standard library: give another --output" in said
+    text.write_text("Twice upon a time")
+    assert f"made from {text} as it was then" in quickstart("--input", str(text))[0]
+    (tmp_path / "out/tokenizer/tokenizer.json").unlink()
+    assert quickstart("--input", str(text))[1] == 0, "what was not made binds nobody"
 
 
 MINI = str(ROOT / "scripts/reproduce_mini.sh")

@@ -219,6 +219,9 @@ def test_a_run_that_diverged_has_no_loss_at_its_end(tmp_path: Path) -> None:
 
 
 def test_a_run_that_is_starting_has_no_log_yet(tmp_path: Path) -> None:
+    within = [write_losses(tmp_path / "several" / name, [1.0]) for name in ("baseline", "slw")]
+    with pytest.raises(UserError, match=f"several holds 2 runs, and is none itself: give {within[0]} {within[1]}$"):
+        read_run(tmp_path / "several")
     with pytest.raises(UserError, match=r"metrics\.jsonl: no such file; expected the --save directory"):
         read_run(tmp_path)
     (tmp_path / "owner.json").write_text("{}")

@@ -260,8 +260,13 @@ def test_into_a_pipe_it_prints_once_without_colours(
     lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
     assert lines[0] == f"{'slw':53}running"
     assert lines[4].split() == ["loss", "█▁", "3", "to", "4"]
-    assert lines[-1] == "for nowhere/metrics.jsonl"
+    assert lines[-1] == "for nowhere/metrics.jsonl (no such directory yet)"
     assert not any("\x1b" in line for line in lines)
+
+
+def test_a_run_that_is_not_there_is_a_fault_where_nothing_is_waited_for(program: Callable[..., None]) -> None:
+    with pytest.raises(Exception, match="nowhere: no such directory yet; expected the --save directory of a run"):
+        program("nowhere", "--once")
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,7 @@ def parse() -> argparse.Namespace:
         metavar="GROUP=PATTERN",
         help="take the runs whose names match the shell pattern as one setting with several seeds; repeatable",
     )
+    parser.add_argument("--brief", action="store_true", help="print the rows to begin with alone")
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     return parser.parse_args()
@@ -85,7 +86,7 @@ def main() -> None:
         seeds = groups_table(groups, brief=True)
         print(aligned([seeds.header, *(row.cells for row in seeds.rows)], arguments.markdown))
     else:
-        print(comparison_table(summaries, markdown=arguments.markdown))
+        print(comparison_table(summaries, markdown=arguments.markdown, brief=arguments.brief))
         if len(runs) > 1:
             print(f"\n{sentences}")
     if arguments.output is not None:

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rich.console import Console
 
-from megatron.errors import run
+from megatron.errors import UserError, run
 from megatron.flags import Parser
 from megatron.instability.dashboard import Dashboard, watch
 from megatron.instability.watching import WatchedRun
@@ -51,7 +51,9 @@ def main() -> None:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # leave the terminal as it was
         watch(runs, console, interval=arguments.interval)
         return
-    for watched in runs:
+    for watched, path in zip(runs, arguments.runs, strict=True):
+        if arguments.once and not os.path.exists(path):
+            raise UserError(f"{path}: no such directory yet; expected the --save directory of a run")
         watched.look_through()
     console.print(Dashboard(runs, whole=True))
 

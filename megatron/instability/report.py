@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
+from megatron.arguments import build_parser, parse_config
 from megatron.console import format_count, format_duration
+from megatron.errors import UserError
 from megatron.instability.summary import Run, RunSummary, summarise
 from megatron.instability.tables import ABSENT, duration, number
 
@@ -29,12 +32,18 @@ ROWS: tuple[tuple[str, Callable[[RunSummary], str]], ...] = (
     ("clipped steps", lambda s: f"{s.clipped:,}"),
     ("skipped steps", lambda s: f"{s.skipped:,}"),
 )
+BRIEFLY = {
+    *("steps", "tokens", "wall time", "tokens/s", "validation loss", "validation perplexity"),
+    "steps with loss ratio > 1.2",
+}
+"""The rows to begin with."""
 
 
-def comparison_table(summaries: Sequence[RunSummary], *, markdown: bool = False) -> str:
-    """A row a measure, a column a run: aligned plain text, or a Markdown table."""
+def comparison_table(summaries: Sequence[RunSummary], *, markdown: bool = False, brief: bool = False) -> str:
+    """A row a measure, a column a run: aligned plain text, or a Markdown table; `brief`: the rows to begin with."""
     cells = [["", *(summary.name for summary in summaries)]]
-    return aligned(cells + [[label, *(value(summary) for summary in summaries)] for label, value in ROWS], markdown)
+    rows = [(label, value) for label, value in ROWS if label in BRIEFLY or not brief]
+    return aligned(cells + [[label, *(value(summary) for summary in summaries)] for label, value in rows], markdown)
 
 
 def aligned(cells: Sequence[Sequence[str]], markdown: bool = False) -> str:
@@ -58,13 +67,30 @@ def aligned(cells: Sequence[Sequence[str]], markdown: bool = False) -> str:
 def verdict(runs: Sequence[Run]) -> str:
     """Sentences that compare every run with the first: validation loss at equal tokens, then time.
 
-    Runs that ended at different tokens are compared at the last tokens that both were validated at.
+    Runs that ended at different tokens are compared at the last tokens that both were validated at. A run that ended
+    before its sequence length was full has a sentence of its own.
     """
     if len(runs) < 2:
         return ""
     first, *others = runs
     lines = [f"{_loss_sentence(first, other)} {_time_sentence(first, other)}" for other in others]
+    lines += [sentence for sentence in map(_length_sentence, runs) if sentence]
     return "\n".join([*lines, "These are single runs: other seeds will differ, so a small gap says little."])
+
+
+def _length_sentence(run: Run) -> str:
+    """Where a run has ended before its sequence length reached --seq-length of the config.yaml beside its log."""
+    longest, path = summarise(run).seq_length, run.path and run.path.with_name("config.yaml")
+    if longest is None or path is None or not path.is_file() or run.state.status == "running":
+        return ""
+    with suppress(UserError):  # the configuration of another version
+        full = parse_config(build_parser(), ["--config", str(path)])[0].model.seq_length
+        if longest < full:
+            return (
+                f"{run.name} ended at sequence length {longest:.0f}, before its warmup reached --seq-length {full}, at "
+                "which it is validated: no fair comparison; give it more tokens, or a shorter warmup."
+            )
+    return ""
 
 
 def _loss_sentence(first: Run, other: Run) -> str:

@@ -61,10 +61,11 @@ def fit_step_cost(runs: Sequence[Run], config: Config) -> CostFit:
     tokens, seconds = np.concatenate([t for t, _ in steps]), np.concatenate([s for _, s in steps])
     names = ", ".join(str(run.path or run.name) for run in runs)
     groups = _groups(tokens)
+    sizes = f"{count} sizes" if (count := len(np.unique(tokens))) != 1 else "one size"
     require(
         len(groups) >= 2,
         f"--fit {names}: expected at least {GROUP} steps with a time at each of two sequence lengths or batch sizes, "
-        f"found {len(tokens)} steps of {len(np.unique(tokens))} sizes: give the log of a longer run with "
+        f"found {len(tokens):,} steps of {sizes}: give the log of a longer run with "
         "--seqlen-warmup (by truncation: otherwise every step has as many tokens), or of two runs",
     )
     fixed, per_token = _least_squares(

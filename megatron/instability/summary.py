@@ -114,6 +114,10 @@ def read_run(directory: Path | str, *, name: str | None = None) -> Run:
         path = path / METRICS_FILE
     if not path.is_file():
         if not any((path.parent / name).is_file() for name in (OWNER_FILE, "config.yaml")):
+            within = [str(log.parent) for log in sorted(path.parent.glob(f"*/{METRICS_FILE}"))]
+            if within:
+                several = f"{len(within)} runs" if len(within) > 1 else "a run"
+                raise UserError(f"{path.parent} holds {several}, and is none itself: give {' '.join(within)}")
             raise UserError(f"{path}: no such file; expected the --save directory of a run")
         return Run(name or path.resolve().parent.name, {}, {}, path, state=RunState("running"))  # it is starting
     steps: list[dict[str, Any]] = []

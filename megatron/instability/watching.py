@@ -193,7 +193,8 @@ class WatchedRun:
         if self._tail.behind:
             return State("reading")
         if not self._tail.path.exists():
-            return State("waiting", f"for {self._tail.path}")
+            missing = "" if self._tail.path.parent.is_dir() else " (no such directory yet)"
+            return State("waiting", f"for {self._tail.path}{missing}")
         try:
             found: RunState = read_state(self._tail.path)
         except UserError as error:

@@ -97,7 +97,10 @@ class FaultHandler:
             "samples": [first, end],
         }
         self._metrics.log_event(entry, event="spike")
-        self._console.message(f"step {iteration:,}: loss ratio {ratio:.3f} on samples {first:,} to {end - 1:,}")
+        self._console.message(
+            f"step {iteration:,}: loss ratio {ratio:.3f} on samples {first:,} to {end - 1:,} (a jump of the loss above "
+            "its smallest so far: harmless if it does not come back)"
+        )
         if faults.on_spike == "rollback":
             self._roll_back(entry)
 

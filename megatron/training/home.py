@@ -69,7 +69,7 @@ def find_checkpoint(config: CheckpointConfig, world: World, console: ProgressLin
                     f"--from hf --load {config.load} --save DIR), then --load DIR --finetune"
                 )
             raise world.fault(f"--load {config.load}: no checkpoint found there; {advice}")
-        console.message(f"--load {config.load}: no checkpoint yet, starting from scratch")
+        console.message(f"{config.load}: a new run, no checkpoint there yet")
     return found
 
 
