@@ -15,6 +15,7 @@ from megatron.errors import UserError
 from megatron.growth import Growth
 from megatron.progress import Duration, Unit
 
+Pacing = Literal["none", Growth, "discrete", "mixed", "adaptive"]
 Count = int
 """An int that may be written as 157e9, 300K, 30B or 1_000 on the command line."""
 
@@ -117,8 +118,8 @@ class ModelConfig:
 class SeqlenWarmupConfig:
     """Sequence length warmup"""
 
-    seqlen_warmup: Literal["none", Growth, "discrete", "mixed", "adaptive"] = "none"
-    """Pacing function: how the sequence length grows from --seqlen-start to --seq-length."""
+    seqlen_warmup: Pacing = "none"
+    """Pacing function: how the sequence length grows from --seqlen-start to --seq-length (docs/pacing.md)."""
     seqlen_start: int = 8
     """Sequence length at the start of a pacing that grows: any but discrete and mixed."""
     seqlen_warmup_iters: Count | None = None
@@ -167,6 +168,8 @@ class SeqlenWarmupConfig:
     def check(self, seq_length: int) -> None:
         """Raise UserError unless this pacing leads from its start to `seq_length`."""
         pacing, multiple = self.seqlen_warmup, self.seqlen_multiple
+        known = get_args(Pacing)
+        require(pacing in known, f"--seqlen-warmup {pacing}: expected one of {', '.join(known)}")
         require(multiple >= 1, f"--seqlen-multiple {multiple} must be at least 1")
         self._check_owners()
         if pacing == "none":

@@ -17,7 +17,7 @@ def grown_seqlen(
     """Sequence length in tokens: floor(start + (end - start) * curve(position / duration)), then down to a multiple.
 
     From `position` = `duration` on it is `end`. Arithmetic is on integers, so that no length depends on how a float
-    was rounded.
+    was rounded. A curve that needs a float takes floor(x + 1e-9), which puts the whole numbers on the right side.
 
     Args:
         position: the 1-based optimizer step t, or the tokens trained on before it.

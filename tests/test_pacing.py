@@ -56,27 +56,25 @@ def test_root_brackets_the_formula(shape, duration, t, degree):
 
 @pytest.mark.parametrize("pacing", get_args(Growth))
 @given(lengths, st.integers(1, 2000))
-def test_pacing_starts_near_start_never_falls_and_ends_exactly_at_end(pacing, shape, duration):
+def test_pacing_begins_at_start_never_falls_and_ends_exactly_at_end(pacing, shape, duration):
     start, end, multiple = shape
-    walked = [grown_seqlen(pacing, t, duration, start, end, multiple) for t in range(1, duration + 2)]
-    assert walked[0] >= start - start % multiple
+    walked = [grown_seqlen(pacing, t, duration, start, end, multiple) for t in range(duration + 2)]
+    assert walked[0] == start
     assert all(a <= b for a, b in pairwise(walked))
-    assert walked[-1] == end == walked[duration - 1]
-    assert all(length % multiple == 0 for length in walked)
+    assert walked[-1] == end == walked[duration]
+    assert all(type(length) is int and length % multiple == 0 for length in walked)
 
 
 def test_a_pacing_of_ones_own_is_an_edit_of_one_file(tmp_path):
     """The edit that docs/pacing.md shows, made in a copy of the tree."""
     for room in ("megatron", "tools"):
-        shutil.copytree(ROOT / room, tmp_path / room, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+        shutil.copytree(ROOT / room, tmp_path / room, ignore=shutil.ignore_patterns("__pycache__"))
     growth = tmp_path / "megatron" / "growth.py"
-    source = growth.read_text(encoding="utf-8")
-    diff = (ROOT / "docs" / "pacing.md").read_text(encoding="utf-8").split("```diff\n")[1].split("```")[0]
-    for hunk in diff.split("@@\n"):
-        lines = hunk.splitlines(keepends=True)
-        before = "".join(line[1:] for line in lines if line[0] in " -")
-        assert source.count(before) == 1
-        source = source.replace(before, "".join(line[1:] for line in lines if line[0] in " +"))
+    source, end = growth.read_text(encoding="utf-8"), "        case _:\n"
+    page = (ROOT / "docs" / "pacing.md").read_text(encoding="utf-8")
+    name, case = page.split("```python\n")[1].split("```")[0].split("\n\n")
+    assert source.count(end) == 1
+    source = re.sub(r"^Growth = .*$", name, source.replace(end, case + end), flags=re.MULTILINE)
     growth.write_text(source, encoding="utf-8")
     flags = "--model-size 117M --train-iters 10 --seqlen-warmup quadratic --seqlen-warmup-iters 10 --seqlen-start 64"
     done = subprocess.run(
@@ -95,6 +93,7 @@ def test_paper_setting_by_hand():
 
 
 BARE = {"seqlen_warmup_iters": None}
+GROWING = " or ".join(get_args(Growth))
 
 
 def schedule(**settings) -> SeqlenSchedule:
@@ -208,19 +207,19 @@ def test_what_is_not_truncated_counts_all_tokens(realisation):
         ({"seqlen_start": 2048}, "--seqlen-start 2048 must not exceed --seq-length 1024"),
         ({"seq_length": 1020}, "--seq-length 1020 must be a multiple of --seqlen-multiple 8"),
         ({"seqlen_warmup_iters": None}, "found neither"),
+        ({"seqlen_warmup": "cubic"}, "--seqlen-warmup cubic: expected one of none, linear, root"),
         ({"seqlen_warmup_tokens": 5}, "found both"),
         ({"seqlen_warmup_iters": 0}, "at least 1"),
         ({"seqlen_warmup": "root", "seqlen_root_degree": 0}, "--seqlen-root-degree 0"),
         (
             {"seqlen_warmup": "none"},
-            "--seqlen-warmup none takes no --seqlen-warmup-iters (for linear or root): choose another or drop "
+            f"--seqlen-warmup none takes no --seqlen-warmup-iters (for {GROWING}): choose another or drop "
             "it; where a recipe has set it, add --unset seqlen-warmup-iters",
         ),
         (
             {"seqlen_warmup": "none", "seqlen_start": 64},
-            "takes no --seqlen-start (for linear or root or adaptive) and no --seqlen-warmup-iters (for linear or "
-            "root): choose another or drop them; where a recipe has set them, add --unset seqlen-start --unset "
-            "seqlen-warmup-iters",
+            f"takes no --seqlen-start (for {GROWING} or adaptive) and no --seqlen-warmup-iters (for {GROWING}): choose "
+            "another or drop them; where a recipe has set them, add --unset seqlen-start --unset seqlen-warmup-iters",
         ),
         ({"seqlen_root_degree": 3}, "--seqlen-warmup linear takes no --seqlen-root-degree (for root): "),
         ({"seqlen_stages": "8:1,1024"}, "--seqlen-warmup linear takes no --seqlen-stages (for discrete): "),
@@ -240,7 +239,7 @@ def test_what_is_not_truncated_counts_all_tokens(realisation):
         ({"seqlen_warmup": "discrete", "seqlen_warmup_iters": None}, "needs --seqlen-stages"),
         (
             {"seqlen_warmup": "discrete", "seqlen_stages": "8:1,1024"},
-            "--seqlen-warmup discrete takes no --seqlen-warmup-iters (for linear or root)",
+            f"--seqlen-warmup discrete takes no --seqlen-warmup-iters (for {GROWING})",
         ),
         ({"seqlen_warmup": "discrete", "seqlen_warmup_iters": None, "seqlen_stages": "8:x,1024"}, "8:x"),
     ],

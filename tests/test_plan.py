@@ -5,16 +5,17 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from megatron.arguments import build_parser, parse_config
-from megatron.config import SeqlenWarmupConfig
+from megatron.config import Config, SeqlenWarmupConfig, TrainingConfig
 from megatron.data.indexed_dataset import Sidecar
 from megatron.data.indexed_writer import IndexedDatasetWriter
 from megatron.model.plan import plan_table, plan_totals
-from megatron.pacing.plan import lr_warmup_iterations, plan_run, reaches_full_length
+from megatron.pacing.plan import lr_warmup_iterations, plan_run, reaches_full_length, sample_steps
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "recipes"
@@ -34,6 +35,19 @@ def test_totals_by_hand():
     dense = (72 * 2 * 16**2 + 6 * 100 * 16) * 80
     attention = 12 * 2 * 16 * (2 * 8 * 8 + 2 * 2 * 16 * 16)
     assert totals["flops"] == dense + attention
+
+
+def test_half_of_the_rows_are_of_the_warmup():
+    def rows(**warmup: Any) -> list[int]:
+        training = TrainingConfig(train_iters=1001, global_batch_size=1)
+        config = Config(training=training, seqlen_warmup=SeqlenWarmupConfig(**warmup))
+        full = plan_run(config).full_length_iteration
+        return [before.iteration for before, _ in sample_steps(config, 1001, 4, full)]
+
+    assert rows() == [0, 333, 667, 1000]
+    assert rows(seqlen_warmup="linear", seqlen_start=8, seqlen_warmup_iters=101) == [0, 50, 100, 550, 1000]
+    assert rows(seqlen_warmup="linear", seqlen_start=8, seqlen_warmup_iters=1001) == [0, 333, 667, 1000]
+    assert rows(seqlen_warmup="linear", seqlen_start=8, seqlen_warmup_iters=9999) == [0, 333, 667, 1000]
 
 
 def run_tool(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -95,7 +109,7 @@ def test_the_vocabulary_is_the_datas_or_said_to_be_assumed(tmp_path):
         writer.add_document(np.arange(9))
     path = Path(f"{data}.json")
     path.write_text(replace(Sidecar.read(path), vocab_size=4096).to_json())
-    assert "1.4M (vocabulary 4,096)" in run_tool("--config", recipe, "--data-path", str(data)).stdout
+    assert "(vocabulary 4,096)" in run_tool("--config", recipe, "--data-path", str(data)).stdout
     assert "vocabulary 1,000)" in run_tool("--config", recipe, "--vocab-size", "1000").stdout
     assert "vocabulary 50,257, assumed: give --vocab-size" in run_tool("--config", recipe).stdout
 

@@ -257,6 +257,14 @@ def test_a_dry_run_prints_the_trials_and_writes_nothing(tmp_path) -> None:
     assert not (tmp_path / "out").exists() and not (tmp_path / "launches").exists()
 
 
+def test_a_pacing_that_grows_is_tuned_itself(tmp_path) -> None:
+    warmup = ["--seqlen-warmup", "root", "--seqlen-root-degree", "3", "--seqlen-warmup-tokens", "5"]
+    result = tune(tmp_path, *warmup)
+    assert result.returncode == 0, result.stderr
+    found = parse_config(build_parser(), ["--config", str(tmp_path / "out" / "recommended.yaml")])[0].seqlen_warmup
+    assert (found.seqlen_warmup, found.seqlen_root_degree, found.seqlen_warmup_tokens) == ("root", 3, None)
+
+
 def test_the_recipe_may_have_another_pacing(tmp_path) -> None:
     """What belongs to that one is unset; how samples are made short stays."""
     flags = ["--seqlen-warmup", "discrete", "--seqlen-stages", "8:3,64"]

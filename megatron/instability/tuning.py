@@ -12,11 +12,12 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
 from megatron.config import Config, SeqlenWarmupConfig, require
+from megatron.growth import Growth
 from megatron.instability.loss_ratio import SPIKE
 from megatron.instability.summary import Run
 from megatron.pacing.plan import lr_warmup_iterations, plan_run, reaches_full_length
@@ -235,13 +236,15 @@ def search_space(config: Config, options: SearchOptions) -> SearchSpace:
 
 
 def paced(config: Config, start: int, duration: int) -> Config:
-    """`config` with linear pacing from length `start` over `duration` steps, in the place of its own."""
+    """`config` growing from length `start` over `duration` steps, by its own pacing where that grows, else linearly."""
+    own = config.seqlen_warmup
     pacing = SeqlenWarmupConfig(
-        seqlen_warmup="linear",
+        seqlen_warmup=own.seqlen_warmup if own.seqlen_warmup in get_args(Growth) else "linear",
         seqlen_start=start,
         seqlen_warmup_iters=duration,
-        seqlen_multiple=config.seqlen_warmup.seqlen_multiple,
-        seqlen_realisation=config.seqlen_warmup.seqlen_realisation,
+        seqlen_multiple=own.seqlen_multiple,
+        seqlen_root_degree=own.seqlen_root_degree,
+        seqlen_realisation=own.seqlen_realisation,
     )
     return replace(config, seqlen_warmup=pacing)
 

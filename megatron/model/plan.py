@@ -71,7 +71,7 @@ def plan_table(config: Config, totals: dict[str, Any]) -> str:
         f"discarded            {totals['discarded_share']:.1%} of the tokens drawn, by truncation",
         f"full length from     {when}",
         f"LR warmup ends       after step {totals['lr_warmup_iterations']:,}",
-        f"parameters           {totals['parameters'] / 1e6:,.1f}M (vocabulary {totals['vocab_size']:,}{assumed})",
+        f"parameters           {totals['parameters']:,} (vocabulary {totals['vocab_size']:,}{assumed})",
         f"FLOPs                {totals['flops']:.4g}",
         *([ADAPTIVE] if totals["lengthens_at_every_validation"] else []),
         "",
@@ -80,7 +80,7 @@ def plan_table(config: Config, totals: dict[str, Any]) -> str:
     lines += [
         f"{before.iteration + 1:>12,}{step.seqlen:>9,}{step.global_batch_size:>9,}"
         f"{before.consumed_tokens:>20,}{step.lr:>12.3e}"
-        for before, step in sample_steps(config, totals["iterations"], ROWS)
+        for before, step in sample_steps(config, totals["iterations"], ROWS, full)
     ]
     return "\n".join(lines)
 

@@ -136,9 +136,16 @@ def lr_warmup_iterations(config: Config) -> int:
     return sum(1 for _ in takewhile(lambda step: not warmup.reached(step[0]), walk(config)))
 
 
-def sample_steps(config: Config, iterations: int, rows: int) -> list[tuple[Progress, StepPlan]]:
-    """About `rows` steps spread evenly over the first `iterations`, the first and the last among them."""
-    wanted = {round(row * (iterations - 1) / max(rows - 1, 1)) for row in range(rows)}
+def sample_steps(
+    config: Config, iterations: int, rows: int, full_length: int | None = None
+) -> list[tuple[Progress, StepPlan]]:
+    """About `rows` of the first `iterations` steps: half of them spread evenly until step `full_length`, the others
+    after it (None: all of them over all steps). The first and the last are among them."""
+    last, middle = iterations - 1, (full_length or 1) - 1
+    wanted = {round(row * last / max(rows - 1, 1)) for row in range(rows)}
+    if 0 < middle < last:
+        wanted = {round(row * middle / (rows // 2)) for row in range(rows // 2 + 1)}
+        wanted |= {round(last - row * (last - middle) / (rows // 2)) for row in range(rows // 2)}
     return [(replace(before), step) for before, step in walk(config, iterations) if before.iteration in wanted]
 
 

@@ -15,7 +15,7 @@ from megatron.progress import Progress
 from megatron.training.home import layout_name
 
 
-def warnings(config: Config) -> list[str]:
+def warnings(config: Config, progress: Progress) -> list[str]:
     """What a user may not have meant."""
     notes = []
     if config.checkpoint.save is None:
@@ -28,6 +28,14 @@ def warnings(config: Config) -> list[str]:
         )
     if plan_run(config).full_length_iteration is None:
         notes.append(f"the run ends before its sequence length reaches --seq-length {config.model.seq_length}")
+    if config.seqlen_warmup.seqlen_warmup in get_args(Growth):
+        planned = plan_run(config, at=progress.iteration).progress
+        same_samples = progress.consumed_samples == planned.consumed_samples  # else some were skipped
+        if same_samples and progress.consumed_tokens != planned.consumed_tokens:
+            notes.append(
+                f"the run has had {progress.consumed_tokens:,} tokens by step {progress.iteration:,} and would have had "
+                f"{planned.consumed_tokens:,} with the pacing as it is now: its settings or its code have changed"
+            )
     return notes
 
 
@@ -45,7 +53,7 @@ def describe(config: Config, datasets: Datasets, vocab_size: int, world: World, 
         f"length     {config.model.seq_length}, sequence length warmup: {seqlen_pacing(config)}",
         f"batch      {config.training.global_batch_size} sequences a step{batch_size_pacing(config)}, on {ranks}, "
         f"from step {progress.iteration + 1:,}",
-        *(f"note       {note}" for note in [*datasets.notes, *warnings(config)]),
+        *(f"note       {note}" for note in [*datasets.notes, *warnings(config, progress)]),
     ]
     return "\n".join(lines)
 
