@@ -140,7 +140,7 @@ class Tuner:
         space = search_space(self.config, self.options)
         low, high, step = space.durations[0], space.durations[-1], space.durations.step
         self.report(
-            f"pacing                {paced(self.config, 1, 1).seqlen_warmup.seqlen_warmup}\n"
+            f"pacing                {paced(self.config, space.starts[0], high).seqlen_warmup.seqlen_warmup}\n"
             f"learning rate warmup  {space.lr_warmup_iterations:,} steps\n"
             f"starts                {', '.join(map(str, space.starts))}, with T = {space.first_duration:,}\n"
             f"T                     {low:,} to {high:,} steps, {step:,} apart"

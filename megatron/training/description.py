@@ -33,8 +33,8 @@ def warnings(config: Config, progress: Progress) -> list[str]:
         same_samples = progress.consumed_samples == planned.consumed_samples  # else some were skipped
         if same_samples and progress.consumed_tokens != planned.consumed_tokens:
             notes.append(
-                f"the run has had {progress.consumed_tokens:,} tokens by step {progress.iteration:,} and would have had "
-                f"{planned.consumed_tokens:,} with the pacing as it is now: its settings or its code have changed"
+                f"the run has had {progress.consumed_tokens:,} tokens by step {progress.iteration:,} and would have "
+                f"had {planned.consumed_tokens:,} with the pacing as it is now: its settings or its code have changed"
             )
     return notes
 
