@@ -17,10 +17,11 @@ from megatron.instability.curves import (
     draw_panel,
     envelope,
     legend_of,
+    mark_cut,
     moving_average,
     places_of,
 )
-from megatron.instability.figures import PANELS, REPORT_FIGURES, figure_comparison, report_svg
+from megatron.instability.figures import PANELS, REPORT_FIGURES, figure_comparison, report_svgs
 from megatron.instability.summary import Run, read_run
 
 
@@ -54,6 +55,40 @@ def test_panels_hold_the_logged_values(runs: list[Run]) -> None:
             y_scale = 1e-3 if panel.y == "lr" else 1.0
             np.testing.assert_allclose(line.get_xdata(), x[known] / x_scale)
             np.testing.assert_allclose(line.get_ydata(), y[known] / y_scale)
+
+
+def spiked() -> Run:
+    """Losses near 2, a spike to 9 at step 50, and validations in the last fifth."""
+    loss = 2 + 0.1 * np.sin(np.arange(100.0))
+    loss[49] = 9.0
+    steps = {"iteration": np.arange(1.0, 101.0), "consumed_tokens": np.arange(1.0, 101.0), "loss": loss}
+    at = np.array([80.0, 90.0, 100.0])
+    validations = {"consumed_tokens": at, "seconds": at, "loss": np.array([2.2, 2.15, 2.1])}
+    return Run("spiked", steps, validations)
+
+
+def test_a_spike_that_is_cut_off_is_marked() -> None:
+    axis = figure_comparison([spiked()], None).axes[0]
+    assert axis.get_ylim()[1] < 3
+    marks = [line for line in axis.get_lines() if line.get_marker() == "^"]
+    assert [(list(mark.get_xdata()), mark.get_color()) for mark in marks] == [([50.0], COLOURS[0])]
+    assert [text.get_text() for text in axis.texts] == ["▲ cut off here, up to 9"]
+    assert np.isclose(axis.get_xlim()[0], 0)
+
+
+def test_nothing_is_marked_where_nothing_is_cut_off() -> None:
+    axis = Figure().subplots()
+    draw_panel(axis, Panel("", "loss", ""), [spiked()])
+    mark_cut(axis)
+    assert not axis.texts and len(axis.get_lines()) == 1
+
+
+def test_validations_have_their_own_axes() -> None:
+    for axis in figure_comparison([spiked()], None).axes[1:3]:
+        low, high = axis.get_ylim()
+        assert 2.05 < low < 2.1 and 2.2 < high < 2.25
+        left, right = axis.get_xlim()
+        assert 75 < left < 80 and 100 < right < 105
 
 
 def test_units_follow_the_size_of_the_run(runs: list[Run]) -> None:
@@ -142,7 +177,7 @@ def test_a_report_of_many_long_runs_is_small() -> None:
     names = ("loss", "loss_ratio", "position_matched_loss_ratio")
     columns = {"iteration": steps, "consumed_tokens": 65_536 * steps}
     runs = [Run(str(index), columns | {name: 1 + random.random(2_000) for name in names}, {}) for index in range(24)]
-    assert len(report_svg(REPORT_FIGURES[2], runs)) < 1_000_000
+    assert sum(map(len, report_svgs(REPORT_FIGURES[2], runs))) < 1_000_000
 
 
 def test_seeds_of_a_setting_share_a_colour_and_an_entry() -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,9 @@ from megatron.instability.groups import group_runs
 from megatron.instability.html_report import render
 from megatron.instability.quality import Arrival, time_to_quality
 from megatron.instability.report import BRIEFLY, ROWS, comparison_table, verdict
-from megatron.instability.statistics import Spread
+from megatron.instability.statistics import Correlation, Spread
 from megatron.instability.summary import Run, RunSummary, read_run, read_runs, summarise
-from megatron.instability.tables import Table, quality_table, report_tables
+from megatron.instability.tables import Table, correlation_table, quality_table, report_tables
 
 
 def planted(home: Path, losses: dict[str, list[float]], seconds: dict[str, float] | None = None) -> list[Run]:
@@ -63,7 +64,7 @@ def test_planted_time_to_quality(tmp_path: Path) -> None:
 
     tables = tables_of(runs)
     reach = f"{math.exp(4.0):.2f} (best of base)"
-    assert row(tables, "Tokens and time", reach, "slw") == ["400 (1.50x)", "00:01 (3.00x)", "00:02 (2.78x)"]
+    assert row(tables, "Tokens and time", reach, "slw") == ["400 (33% less)", "00:01 (67% less)", "00:02 (64% less)"]
     assert row(tables, "Tokens and time", reach, "poor") == ["did not reach"] * 3
 
 
@@ -73,7 +74,7 @@ def test_factors_of_finished_runs_only(tmp_path: Path) -> None:
         (tmp_path / name / "exit.json").write_text('{"status": "finished", "iteration": 8, "reason": null}')
     tables = tables_of(read_runs([str(tmp_path / name) for name in LOSSES]))
     assert row(tables, "Cost and quality", "base") == ["8", "800", "00:04", "00:08", "54.60", "90.02"]
-    assert row(tables, "Cost and quality", "slw")[1:4] == ["800 (1.00x)", "00:02 (2.00x)", "00:04 (1.94x)"]
+    assert row(tables, "Cost and quality", "slw")[1:4] == ["800 (the same)", "00:02 (50% less)", "00:04 (48% less)"]
     assert row(tables, "Cost and quality", "poor")[1:4] == ["800", "00:04", "00:08"]
 
 
@@ -103,7 +104,40 @@ def test_planted_correlation(tmp_path: Path) -> None:
     variance = [1.0, *(2 + 0.6 * basis[:, 1] + 0.8 * basis[:, 2]).tolist()]
     write_losses(tmp_path, [2.0] * 65, loss_ratio=ratios, adam_variance_norm=variance, adam_variance_max=[5.0] * 65)
     (run,) = read_runs([str(tmp_path)])
-    assert row(tables_of([run]), "Loss ratio against", run.name) == ["0.60", "1.6e-07", "-", "-", "64"]
+    cells = row(tables_of([run]), "Loss ratio against", run.name)
+    assert cells == ["0.60", "1.6e-07", "moderate", "-", "-", "-", "64"]
+
+
+@pytest.mark.parametrize(
+    ("r", "p", "words"),
+    [
+        (0.9, 0.05, "none found"),
+        (-0.9, 0.049, "strong, inverse"),
+        (0.7, 1e-9, "strong"),
+        (0.69, 1e-9, "moderate"),
+        (-0.29, 1e-9, "weak, inverse"),
+    ],
+)
+def test_a_correlation_in_words(tmp_path: Path, r: float, p: float, words: str) -> None:
+    (run,) = planted(tmp_path, {"a": [2.0]})
+    summary = replace(summarise(run), variance_max_correlation=Correlation(r, p, 9))
+    (found,) = correlation_table([summary]).rows
+    assert found.cells[6] == words
+
+
+def test_more_than_the_first_run(tmp_path: Path) -> None:
+    runs = planted(tmp_path, LOSSES, {"slw": 0.53, "poor": 2.0})
+    for run in runs:
+        assert run.path is not None
+        run.path.with_name("exit.json").write_text('{"status": "finished", "iteration": 8, "reason": null}')
+    tables = tables_of(read_runs([str(tmp_path / name) for name in LOSSES]))
+    assert row(tables, "Cost and quality", "slw")[2:4] == ["00:04 (6% more)", "00:09 (6% more)"]
+    assert row(tables, "Cost and quality", "poor")[2] == "00:16 (4.0 times)"
+
+
+def test_bands_span_the_whole_header(tmp_path: Path) -> None:
+    tables = [table for table in tables_of(planted(tmp_path, LOSSES)) if table.bands]
+    assert len(tables) == 2 and all(sum(span for _, span in t.bands) == len(t.header) for t in tables)
 
 
 def seeds(tmp_path: Path, *names: str) -> list[RunSummary]:
@@ -181,9 +215,9 @@ def test_a_run_that_ended_before_its_full_length_is_said_beside_the_verdict(tmp_
             (home / "exit.json").write_text(json.dumps({"status": status, "reason": None}))
     sentences = verdict(read_runs([str(tmp_path / "base"), str(tmp_path / "slw")])).splitlines()
     said = "slw ended at sequence length 40, before its warmup reached --seq-length 64"
-    assert [said in line for line in sentences] == ([False, False] if status is None else [False, True, False])
+    assert [said in line for line in sentences] == ([False] * 3 if status is None else [False, True, False, False])
     (tmp_path / "slw/config.yaml").write_text("of: another version")
-    assert len(verdict(read_runs([str(tmp_path / "base"), str(tmp_path / "slw")])).splitlines()) == 2
+    assert len(verdict(read_runs([str(tmp_path / "base"), str(tmp_path / "slw")])).splitlines()) == 3
 
 
 def test_the_table_to_begin_with_is_short(tmp_path: Path) -> None:

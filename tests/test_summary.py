@@ -15,6 +15,7 @@ from synthetic_runs import write_losses
 
 from megatron.errors import UserError
 from megatron.instability import report, summary
+from megatron.instability.groups import group_runs
 from megatron.instability.report import comparison_table, verdict
 from megatron.instability.summary import RatioSummary, RunState, read_run, read_runs, summarise
 from megatron.instability.tables import state_text
@@ -167,7 +168,18 @@ def test_verdict_names_whichever_wins(tmp_path: Path, slw_wins: bool) -> None:
     lower = f"{winner} has a lower validation loss than {loser} at 200 tokens: 3.0000 against 3.5000 (0.5000 lower)"
     assert lower in text
     assert f"{winner} took less time to train on 200 tokens" in text
+    assert "These are single runs" in text and "Times count only where nothing else ran" in text
     assert verdict(read_runs([str(tmp_path / "slw")])) == ""
+
+
+def test_verdict_says_how_far_seeds_lie_apart(tmp_path: Path) -> None:
+    ends = {"base-seed1": 2.0, "base-seed2": 2.25, "slw-seed1": 2.0, "slw-seed2": 2.125, "lost-seed1": math.inf}
+    for name, loss in ends.items():
+        write_losses(tmp_path / name, [4.0, loss])
+    runs = read_runs([str(tmp_path / name) for name in ends])
+    text = verdict(runs, group_runs([summarise(run) for run in runs], []))
+    assert "Runs that differ only in their seed lie up to 0.2500 apart in their last validation loss" in text
+    assert "single runs:" not in text
 
 
 def test_verdict_compares_at_equal_tokens(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from megatron.instability.groups import group_runs
 from megatron.instability.html_report import write_report
 from megatron.instability.quality import time_to_quality
 from megatron.instability.report import aligned, comparison_table, verdict
+from megatron.instability.setup import setup_of
 from megatron.instability.summary import read_runs, summarise
 from megatron.instability.tables import groups_table, report_tables
 
@@ -66,11 +67,11 @@ def main() -> None:
     summaries = [summarise(run) for run in runs]
     targets = time_to_quality(runs, arguments.target_perplexity)
     groups = group_runs(summaries, targets, arguments.group)
-    sentences = verdict(runs)
+    sentences = verdict(runs, groups)
     if arguments.output is not None:
         figure_comparison(runs, arguments.output)
     if arguments.html is not None:
-        write_report(arguments.html, runs, report_tables(summaries, targets, groups), sentences)
+        write_report(arguments.html, runs, report_tables(summaries, targets, groups), sentences, setup_of(runs))
     if arguments.json:
         report = {
             "runs": [summary.to_dict() for summary in summaries],

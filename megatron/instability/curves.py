@@ -22,6 +22,8 @@ DASHES: tuple[Any, ...] = ("solid", (0, (4, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5,
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p")
 SMOOTHING = 0.02
 """Smoothed lines average over this share of a run's steps, half before and half after."""
+NEAR = 0.02
+"""Share of an axis within which what is cut off gets one triangle."""
 INK, EDGE, GRID, TICK, FAINT = "#333333", "#888888", "#E6E6E6", "#555555", "#767676"
 
 STYLE: dict[Any, Any] = {
@@ -183,9 +185,41 @@ def draw_panel(axis: Axes, panel: Panel, runs: Sequence[Run], *, points: int | N
     elif panel.log:
         _log_axis(axis)
     axis.set(title=panel.title, ylabel=y_label, xlabel=x_label)
-    axis.set_xlim(left=0)
+    low, high = axis.get_xlim()
+    # From zero on, but for validations that begin late: they would be pressed into a corner.
+    axis.set_xlim(low if panel.validation and low > high / 2 else 0, high)
     if panel.from_zero:
         axis.set_ylim(bottom=0)
+
+
+def mark_cut(axis: Axes) -> None:
+    """Mark where curves go on above the axis: a triangle at its upper edge, and how far the highest goes."""
+    (left, right), (_, top) = axis.get_xlim(), axis.get_ylim()
+    above: dict[str, list[tuple[float, float]]] = {}
+    for line in axis.get_lines():
+        x, y = (np.asarray(values, dtype=np.float64) for values in line.get_data())
+        above.setdefault(str(line.get_color()), []).extend(zip(x[y > top], y[y > top], strict=True))
+    for colour, points in above.items():
+        points.sort()
+        peaks: list[tuple[float, float]] = []
+        before = -math.inf
+        for place, height in points:
+            if place - before > NEAR * (right - left):
+                peaks.append((place, height))
+            elif height > peaks[-1][1]:
+                peaks[-1] = (place, height)
+            before = place
+        for place, _ in peaks:
+            axis.plot(
+                [place], [1.0], "^", transform=axis.get_xaxis_transform(), color=colour, markersize=6,
+                markeredgecolor="white", markeredgewidth=0.6, clip_on=False, zorder=20,
+            )  # fmt: skip
+    heights = [height for points in above.values() for _, height in points]
+    if heights:
+        axis.text(
+            0.99, 0.9, f"▲ cut off here, up to {max(heights):.3g}", transform=axis.transAxes, ha="right", va="top",
+            fontsize=7, color=FAINT,
+        )  # fmt: skip
 
 
 def _thin(x: FloatArray, y: FloatArray, points: int | None) -> tuple[FloatArray, FloatArray]:

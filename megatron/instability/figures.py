@@ -24,7 +24,6 @@ from megatron.instability.curves import (
     FAINT,
     GRID,
     INK,
-    SMOOTHING,
     STYLE,
     TICK,
     Panel,
@@ -32,8 +31,8 @@ from megatron.instability.curves import (
     dashes_of,
     draw_panel,
     legend_of,
+    mark_cut,
     marker_of,
-    moving_average,
 )
 from megatron.instability.loss_ratio import SPIKE
 from megatron.instability.summary import Run
@@ -74,7 +73,7 @@ def figure_comparison(runs: Sequence[Run], path: Path | str | None) -> Figure:
         axes = figure.subplots(3, 3)
         for axis, panel in zip(axes.flat, PANELS, strict=True):
             draw_panel(axis, panel, runs)
-        _share_loss_range(axes[0], runs)
+        _limit_loss(axes[0][0], runs)
         _share_range(axes[1][2], axes[2][2])
         figure.legend(handles=_legend(runs), loc="outside upper center", ncols=columns, handlelength=2.4)
         if path is not None:
@@ -84,7 +83,7 @@ def figure_comparison(runs: Sequence[Run], path: Path | str | None) -> Figure:
 
 @dataclass(frozen=True)
 class ReportFigure:
-    """A figure of a report: a row of panels for each of `panels`, a column for each x-axis."""
+    """A figure of a report: a panel for each of `panels` and each x-axis."""
 
     title: str
     caption: str
@@ -92,24 +91,19 @@ class ReportFigure:
     x: tuple[str, ...] = ("iteration", "consumed_tokens")
     """Columns of the log, one an x-axis."""
 
-    @property
-    def columns(self) -> int:
-        """Panels side by side."""
-        return min(2, len(self.x))
-
 
 _RATIO = replace(LOSS_RATIO, mark_non_finite=True)
 REPORT_FIGURES = (
     ReportFigure(
         "Validation perplexity",
-        "At full length, by steps, tokens, and time without and with evaluation (as Figures 4(a), 4(b), 5).",
+        "At full length, by steps, tokens, time without and with evaluation (as the paper's Figures 4(a), 4(b) and 5).",
         (Panel("", "perplexity", "validation perplexity", validation=True, log=True),),
         ("iteration", "consumed_tokens", "seconds", "elapsed_seconds"),
     ),
     ReportFigure(
         "Training loss",
         "At the step's own length: light every step, on top the moving average over 2% of the steps; a cross where a "
-        "loss was first not finite (Figures 1(a) and 1(b)).",
+        "loss was first not finite (as the paper's Figures 1(a) and 1(b)).",
         (replace(TRAINING_LOSS, title="", label="training loss (nats/token)", log=True, mark_non_finite=True),),
     ),
     ReportFigure(
@@ -124,7 +118,7 @@ REPORT_FIGURES = (
     ),
     ReportFigure(
         "Adam's state",
-        "l1 norm and largest element of √v, and l1 norm of the momentum (Figures 4(c), 4(d) and 7(b)).",
+        "l1 norm and largest element of √v, and l1 norm of the momentum (as the paper's Figures 4(c), 4(d) and 7(b)).",
         (
             replace(VARIANCE_NORM, title="Variance, norm"),
             replace(VARIANCE_MAX, title="Variance, largest element"),
@@ -141,6 +135,8 @@ REPORT_FIGURES = (
         ),
     ),
 )
+PANEL_INCHES = (4.0, 2.4)
+"""Of a panel in a report. Its width is what a telephone has room for: the text stays readable there."""
 CURVE_POINTS = 600
 """Points of a curve in a report, two for every point (1/72 inch) that a panel is wide."""
 PANEL_POINTS = 7200
@@ -152,22 +148,33 @@ THEME = {INK: "ink", EDGE: "edge", GRID: "grid", TICK: "tick", FAINT: "faint"} |
 """Colour in a figure -> name of the CSS property that stands for it in a report, which has a light and a dark one."""
 
 
-def report_svg(description: ReportFigure, runs: Sequence[Run]) -> str:
-    """An <svg> element to stand in HTML: text as text, colours as the CSS properties of `THEME`, no outward link."""
-    panels = [replace(panel, x=x) for panel in description.panels for x in description.x]
-    rows, columns = -(-len(panels) // description.columns), description.columns
+def report_svgs(description: ReportFigure, runs: Sequence[Run]) -> list[str]:
+    """An <svg> element a panel, to stand in HTML: text as text, colours as the CSS properties of `THEME`, no outward
+    link. Each is one by itself, so that the page can set them side by side or, where it is narrow, in one column."""
     points = max(100, min(CURVE_POINTS, PANEL_POINTS // len(runs)))
-    with matplotlib.rc_context({**STYLE, "svg.fonttype": "none", "svg.hashsalt": description.title}):
-        spacing = ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.05, wspace=0.03, hspace=0.04)
-        figure = Figure(figsize=(4.3 * columns, 2.4 * rows + 0.1), layout=spacing)
-        axes = figure.subplots(rows, columns, squeeze=False, sharey="row")
-        for axis, panel in zip(axes.flat, panels, strict=True):
-            draw_panel(axis, panel, runs, points=points)
-        for axis in axes[:, 1:].flat:
-            axis.set_ylabel("")  # the left one's, as its range is
-        output = io.StringIO()
+    images = []
+    for panel in description.panels:
+        with matplotlib.rc_context({**STYLE, "svg.fonttype": "none"}):
+            figures = [Figure(figsize=PANEL_INCHES, layout=_spacing()) for _ in description.x]
+            axes = [figure.subplots() for figure in figures]
+            for axis, x in zip(axes, description.x, strict=True):
+                draw_panel(axis, replace(panel, x=x), runs, points=points)
+            _share_range(*axes)
+            for figure, axis in zip(figures, axes, strict=True):
+                label = ", ".join(filter(None, (description.title, panel.title, f"by {axis.get_xlabel()}")))
+                images.append(_svg(figure, label))
+    return images
+
+
+def _spacing() -> ConstrainedLayoutEngine:
+    return ConstrainedLayoutEngine(w_pad=0.04, h_pad=0.05)
+
+
+def _svg(figure: Figure, label: str) -> str:
+    output = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": label}):  # ids that stay the same, and differ from panel to panel
         figure.savefig(output, format="svg", transparent=True, metadata={"Date": None})
-    return _inline(output.getvalue(), description.title)
+    return _inline(output.getvalue(), label)
 
 
 def _inline(svg: str, label: str) -> str:
@@ -185,23 +192,18 @@ def _inline(svg: str, label: str) -> str:
     return re.sub(r"#[0-9a-f]{6}\b", lambda colour: themed.get(colour[0], colour[0]), svg).strip()
 
 
-def _share_loss_range(axes: Sequence[Axes], runs: Sequence[Run]) -> None:
-    """One range for the three loss panels: from the lowest loss to just above the highest validation loss.
-
-    The first steps of training lie above it, where the loss falls steeply and says little.
-    """
-    validated = np.concatenate([run.validation("loss") for run in runs])
-    trained = np.concatenate(
-        [moving_average(run.step("loss"), max(1, round(SMOOTHING * run.step_count))) for run in runs]
-    )
-    validated, trained = validated[np.isfinite(validated)], trained[np.isfinite(trained)]
-    if not len(validated) or not len(trained):
+def _limit_loss(axis: Axes, runs: Sequence[Run]) -> None:
+    """Cut off the few losses that would press the rest flat, of the first steps and of spikes, with a mark where: those
+    that lie above the best 95% by more than a third of the range of these."""
+    losses = np.concatenate([run.step("loss") for run in runs])
+    losses = losses[np.isfinite(losses)]
+    if not len(losses):
         return
-    low = min(validated.min(), trained.min())
-    high = max(validated.max(), float(np.quantile(trained, 0.95)))
+    low, most, highest = losses.min(), float(np.quantile(losses, 0.95)), losses.max()
+    high = min(highest, most + (most - low) / 3)
     if high > low:
-        for axis in axes:
-            axis.set_ylim(low - 0.05 * (high - low), high + 0.08 * (high - low))
+        axis.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+        mark_cut(axis)
 
 
 def _share_range(*axes: Axes) -> None:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from megatron.arguments import build_parser, parse_config
 from megatron.console import format_count, format_duration
 from megatron.errors import UserError
+from megatron.instability.groups import Group
 from megatron.instability.summary import Run, RunSummary, summarise
 from megatron.instability.tables import ABSENT, duration, number
 
 EQUAL_TOKENS = 0.01
 """Runs whose last validations lie within this share of each other are compared there, at their ends."""
+
+TIME_CAUTION = (
+    "Times count only where nothing else ran on the machine: on a shared one even a large difference says little."
+)
 
 ROWS: tuple[tuple[str, Callable[[RunSummary], str]], ...] = (
     ("state", lambda s: s.state.status if s.steps else "no step yet"),
@@ -64,8 +70,9 @@ def aligned(cells: Sequence[Sequence[str]], markdown: bool = False) -> str:
     return "\n".join(lines)
 
 
-def verdict(runs: Sequence[Run]) -> str:
-    """Sentences that compare every run with the first: validation loss at equal tokens, then time.
+def verdict(runs: Sequence[Run], groups: Sequence[Group] = ()) -> str:
+    """Sentences that compare every run with the first: validation loss at equal tokens, then time; and what they are
+    worth, with `groups` by how far seeds of one setting lie apart.
 
     Runs that ended at different tokens are compared at the last tokens that both were validated at. A run that ended
     before its sequence length was full has a sentence of its own.
@@ -75,7 +82,21 @@ def verdict(runs: Sequence[Run]) -> str:
     first, *others = runs
     lines = [f"{_loss_sentence(first, other)} {_time_sentence(first, other)}" for other in others]
     lines += [sentence for sentence in map(_length_sentence, runs) if sentence]
-    return "\n".join([*lines, "These are single runs: other seeds will differ, so a small gap says little."])
+    return "\n".join([*lines, _seeds_sentence(groups), TIME_CAUTION])
+
+
+def _seeds_sentence(groups: Sequence[Group]) -> str:
+    losses = [spread for group in groups if (spread := group.spreads["validation_loss"]) is not None]
+    gaps = [spread.max - spread.min for spread in losses if spread.n > 1 and math.isfinite(spread.max - spread.min)]
+    if not gaps:
+        return (
+            "These are single runs: another seed would give another loss, by how much is not known here. A small gap "
+            "says little."
+        )
+    return (
+        f"Runs that differ only in their seed lie up to {max(gaps):.4f} apart in their last validation loss: of two "
+        "single runs a smaller gap says nothing."
+    )
 
 
 def _length_sentence(run: Run) -> str:

@@ -16,6 +16,10 @@ from megatron.instability.zeroshot_results import STRICT_LAMBADA, WIKITEXT
 ABSENT = "-"
 MARK = "*"
 """On a number that a footnote says more of."""
+NO_RELATION = 0.05
+"""A p-value from which on a correlation is called none."""
+WEAK, STRONG = 0.3, 0.7
+"""Below and from which on, as an absolute value, a correlation is called so."""
 SILENT_SECONDS = 600
 """A run whose log has been silent for longer may have died."""
 
@@ -52,6 +56,8 @@ class Table:
     rows: tuple[Row, ...]
     footnotes: tuple[str, ...] = ()
     """Of cells with a MARK, a line a run."""
+    bands: tuple[tuple[str, int], ...] = ()
+    """Titles above the header, each with the number of columns that it spans."""
 
 
 def report_tables(summaries: Sequence[RunSummary], targets: Sequence[Target], groups: Sequence[Group]) -> list[Table]:
@@ -74,7 +80,7 @@ def runs_table(summaries: Sequence[RunSummary]) -> Table:
     return Table(
         "Runs",
         "Sequence length, batch size and learning rate: the largest that a step had. Tokens a step: from the smallest "
-        "to the largest step; at a few hundred the loss ratio is noise.",
+        "to the largest step; where that is a few hundred tokens the loss ratio is noise.",
         ("run", "state", "steps", "tokens", "tokens a step", "length", "batch", "learning rate", "tokens/s"),
         tuple(
             Row(
@@ -100,21 +106,13 @@ def instability_table(summaries: Sequence[RunSummary]) -> Table:
     """The paper's Table 1, its Table 4 in the third column, and two ratios beside it."""
     smoothed = f"smoothed over {format_count(SMOOTHING_TOKENS)} tokens"
     return Table(
-        "Training instability (Table 1)",
-        "Loss ratio: the step's loss over the least loss of all earlier steps. Steps above a threshold, their share of "
-        "all steps, and the largest ratio; a step whose loss is not finite lies above every threshold. Same positions: "
-        "against the best at the same positions, which a growing length does not confound. Smoothed: the ratio of a "
-        "moving average over so many tokens, which small steps do not drown in noise.",
-        (
-            "run",
-            "steps > 1.2",
-            "steps > 1.5",
-            "largest ratio",
-            "same positions: steps > 1.2",
-            "largest",
-            f"{smoothed}: steps > 1.2",
-            "largest",
-        ),
+        "Training instability (as the paper's Table 1)",
+        "Loss ratio: the step's loss over the least loss of all earlier steps. The paper counts those above 1.2, a "
+        "loss a fifth above the best before it: its unstable runs had many. Here: the steps above a threshold, their "
+        "share of all steps, and the largest ratio; a step whose loss is not finite lies above every threshold. Same "
+        "positions: against the best at the same positions of the sequence, which a growing length does not confound. "
+        "Smoothed: the ratio of a moving average over so many tokens, which small steps do not drown in noise.",
+        ("run", "steps > 1.2", "steps > 1.5", "largest", "steps > 1.2", "largest", "steps > 1.2", "largest"),
         tuple(
             Row(
                 (
@@ -131,6 +129,7 @@ def instability_table(summaries: Sequence[RunSummary]) -> Table:
             )
             for run, s in enumerate(summaries)
         ),
+        bands=(("", 1), ("loss ratio", 3), ("same positions", 2), (smoothed, 2)),
     )
 
 
@@ -144,14 +143,14 @@ def quality_table(summaries: Sequence[RunSummary]) -> Table:
     extra = [column for column in extra if any(column[1](s) != ABSENT for s in summaries)]
     first = summaries[0]
 
-    def factor(this: RunSummary, of_first: float | None, of_this: float | None) -> str:
+    def against(this: RunSummary, of_first: float | None, of_this: float | None) -> str:
         finished = first.state.status == this.state.status == "finished"
-        return _factor(of_first / of_this) if this is not first and finished and of_first and of_this else ""
+        return _against(of_first / of_this) if this is not first and finished and of_first and of_this else ""
 
     return Table(
-        "Cost and quality (Table 2)",
-        "In brackets, where both are finished: the first run's tokens or time over this one's, above 1x is less. "
-        "Training time is without evaluation and saving, wall time with everything.",
+        "Cost and quality (as the paper's Table 2)",
+        "In brackets, where both are finished: against the first run's. Training time is without evaluation and "
+        "saving, wall time with everything.",
         (
             "run",
             "steps",
@@ -167,9 +166,9 @@ def quality_table(summaries: Sequence[RunSummary]) -> Table:
                 (
                     s.name,
                     f"{s.steps:,}",
-                    format_count(s.tokens) + factor(s, first.tokens, s.tokens),
-                    duration(s.seconds) + factor(s, first.seconds, s.seconds),
-                    duration(s.elapsed) + factor(s, first.elapsed, s.elapsed),
+                    format_count(s.tokens) + against(s, first.tokens, s.tokens),
+                    duration(s.seconds) + against(s, first.seconds, s.seconds),
+                    duration(s.elapsed) + against(s, first.elapsed, s.elapsed),
                     number(s.best_perplexity, ",.2f"),
                     number(s.perplexity, ",.2f"),
                     *(cell(s) for _, cell in extra),
@@ -185,17 +184,19 @@ def quality_table(summaries: Sequence[RunSummary]) -> Table:
 def correlation_table(summaries: Sequence[RunSummary]) -> Table:
     """The paper's Table 3, for every run."""
     return Table(
-        "Loss ratio against Adam's variance (Table 3)",
-        "Pearson's r over n steps, and the chance of an r as far from 0 if steps were independent. They are not: "
-        "Adam's variance is a moving average, so that the p-value is too small.",
-        ("run", "variance norm: r", "p", "largest element: r", "p", "n"),
+        "Loss ratio against Adam's variance (as the paper's Table 3)",
+        "Pearson's r over n steps, and p, the chance of an r as far from 0 by accident if steps were independent. They "
+        "are not, as Adam's variance is a moving average: p is too small. Relation: none found where p is "
+        f"{NO_RELATION:g} or more; else weak below an r of {WEAK:g}, strong from {STRONG:g} on, inverse below 0.",
+        ("run", "r", "p", "relation", "r", "p", "relation", "n"),
         tuple(
             Row(
-                (s.name, *_r_and_p(s.variance_norm_correlation), *_r_and_p(s.variance_max_correlation), _pairs(s)),
+                (s.name, *_relation(s.variance_norm_correlation), *_relation(s.variance_max_correlation), _pairs(s)),
                 run,
             )
             for run, s in enumerate(summaries)
         ),
+        bands=(("", 1), ("variance norm", 3), ("largest element of the variance", 3), ("", 1)),
     )
 
 
@@ -204,7 +205,7 @@ def peaks_table(summaries: Sequence[RunSummary]) -> Table:
     return Table(
         "Peaks and faults",
         "The largest value over the run: of the l1 norm and the largest element of √v, v Adam's second moment, and of "
-        "the l1 norm of its first moment.",
+        "the l1 norm of its first moment, the momentum. Then the steps that went wrong.",
         (
             "run",
             "variance norm",
@@ -245,15 +246,14 @@ def targets_table(targets: Sequence[Target]) -> Table:
                 continue
             tokens = ABSENT if arrival.tokens is None else format_count(arrival.tokens)
             cells = (
-                tokens + _factor(arrival.token_saving),
-                duration(arrival.seconds) + _factor(arrival.time_saving),
-                duration(arrival.elapsed) + _factor(arrival.elapsed_saving),
+                tokens + _against(arrival.token_saving),
+                duration(arrival.seconds) + _against(arrival.time_saving),
+                duration(arrival.elapsed) + _against(arrival.elapsed_saving),
             )
             rows.append(Row((*where, *cells), run))
     return Table(
-        "Tokens and time to the same validation perplexity (Table 5)",
-        "At the first validation at or below the target, not interpolated. In brackets: the first run's tokens or time "
-        "over this one's, above 1x is less.",
+        "Tokens and time to the same validation perplexity (as Table 5 of the paper's text of 2021)",
+        "At the first validation at or below the target, not interpolated. In brackets: against the first run's.",
         ("target", "run", "tokens", "training time", "wall time"),
         tuple(rows),
     )
@@ -348,15 +348,25 @@ def _count(count: int, share: float | None) -> str:
     return ABSENT if share is None else f"{count:,} ({share:.2%})"
 
 
-def _factor(factor: float | None) -> str:
-    return "" if factor is None or not math.isfinite(factor) else f" ({factor:.2f}x)"
+def _against(saving: float | None) -> str:
+    """In brackets, `saving` the first run's number over this one's: 2.0 is 50% less, 0.8 is 25% more."""
+    if saving is None or not math.isfinite(saving):
+        return ""
+    share = 1 / saving
+    if share >= 2:
+        return f" ({share:.1f} times)"
+    percent = f"{abs(share - 1):.0%}"
+    return " (the same)" if percent == "0%" else f" ({percent} {'more' if share > 1 else 'less'})"
 
 
-def _r_and_p(correlation: Correlation | None) -> tuple[str, str]:
+def _relation(correlation: Correlation | None) -> tuple[str, str, str]:
+    """r, p, and what they say."""
     if correlation is None:
-        return ABSENT, ABSENT
-    p = correlation.p
-    return f"{correlation.r:.2f}", f"{p:.3f}" if p >= 0.001 else "< 1e-300" if p == 0 else f"{p:.1e}"
+        return ABSENT, ABSENT, ABSENT
+    r, p = correlation.r, correlation.p
+    words = "weak" if abs(r) < WEAK else "strong" if abs(r) >= STRONG else "moderate"
+    words = "none found" if p >= NO_RELATION else f"{words}, inverse" if r < 0 else words
+    return f"{r:.2f}", f"{p:.3f}" if p >= 0.001 else "< 1e-300" if p == 0 else f"{p:.1e}", words
 
 
 def _pairs(summary: RunSummary) -> str:
