@@ -67,6 +67,17 @@ def test_corpus_too_small_for_a_split_is_left_out_and_said(tmp_path: Path) -> No
     assert alone.validation is None and alone.test is None
 
 
+def test_a_corpus_of_one_document_has_another_cure_than_more_data(tmp_path: Path) -> None:
+    one = str(tmp_path / "one")
+    with IndexedDatasetWriter(one, np.uint16) as writer:
+        writer.add_document(np.arange(20))
+    notes = build(one).notes
+    assert [f"nothing for {name}: documents are what is split, and there is only 1" in note
+            for name, note in zip(("validation", "test"), notes, strict=True)] == [True, True]  # fmt: skip
+    assert all("--text-unit paragraph" in note for note in notes)
+    assert not any("--text-unit" in note for note in build(one, split="1").notes), "none was asked for"
+
+
 @pytest.mark.parametrize("tokens", [0, 1, 8])
 def test_too_little_to_train_on(tokens: int, tmp_path: Path) -> None:
     with IndexedDatasetWriter(tmp_path / "a", np.uint16) as writer:

@@ -19,7 +19,15 @@ from zeroshot_models import save_hugging_face, small_gpt2
 from megatron.checkpointing.weights import named_vocabulary, save_weights
 from megatron.config import ModelConfig, TokenizerConfig
 from megatron.errors import UserError
-from megatron.evaluation.generation import Continuation, Prompt, Sampling, generate, read_prompts, write_samples
+from megatron.evaluation.generation import (
+    Continuation,
+    Prompt,
+    Sampling,
+    generate,
+    read_prompts,
+    readable,
+    write_samples,
+)
 from megatron.evaluation.loading import load_model
 from megatron.model.decoding import Decoder
 from megatron.model.gpt2 import GPT2Model
@@ -232,6 +240,11 @@ def test_bad_prompts_are_named(tmp_path: Path, tiny_tokenizer: TrainedTokenizer,
         list(read_prompts(path, tokenizer, 40))
 
 
+def test_on_a_terminal_a_sample_is_its_text_and_no_command():
+    sample = {"prompt": "def\t", "text": "f\u00fcnf\n\x1b[2J\r\u202e", "tokens": [], "finished": True}
+    assert readable(sample) == "def\tf\u00fcnf\n\\x1b[2J\\r\\u202e"
+
+
 @pytest.fixture
 def program(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """tools/generate_samples_gpt2.py, within this process."""
@@ -269,6 +282,8 @@ def test_the_program_writes_json_lines(
         written.append(capfd.readouterr().out)
     assert written[0] == written[1]
     assert len({json.loads(line)["text"] for line in written[0].splitlines()}) == 4
+    with pytest.raises(UserError, match="argument --prompt: not allowed with argument --sample-input-file"):
+        program(*base, "--prompt", "def")
     with pytest.raises(UserError, match="--out-seq-length: expected a whole number from 1, found '0'"):
         program(*base, "--out-seq-length", 0)
     program(*base, "--genfile", tmp_path / "none" / "out")
@@ -281,7 +296,11 @@ def test_the_program_writes_json_lines(
 
 
 def test_files_are_not_lost_and_the_type_is_taken(
-    tmp_path: Path, tiny_tokenizer: TrainedTokenizer, program: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    tiny_tokenizer: TrainedTokenizer,
+    program: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ):
     files = tiny_tokenizer.vocab_file, tiny_tokenizer.merge_file
     vocabulary = named_vocabulary(TokenizerConfig(vocab_file=str(files[0]), merge_file=str(files[1])))
@@ -295,6 +314,16 @@ def test_files_are_not_lost_and_the_type_is_taken(
     with pytest.raises(UserError, match=r"--sample-output-file .*txt would be written over --sample-input-file .*txt"):
         program(*base, prompts)
     assert prompts.read_text() == "a\nb\nc\n"
+
+    program(*base[:8], "--prompt", "one", "--prompt", "two", "--greedy")
+    lines = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    assert [line["prompt"] for line in lines] == ["one", "two"]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "isatty", lambda descriptor: descriptor == 1)
+        program(*base[:8], "--prompt", "one", "--prompt", "two", "--greedy")
+    assert capfd.readouterr().out == "---\n".join(f"{readable(line)}\n" for line in lines)
+    with pytest.raises(UserError, match=r"--prompt: has [0-9,]+ tokens, which leaves nothing of the model's"):
+        program(*base[:8], "--prompt", "word " * 500)
 
     types = []
 

@@ -25,7 +25,7 @@ from megatron.errors import UserError
 from megatron.evaluation.loading import load_model
 from megatron.progress import Progress
 from megatron.tokenizer.training import TrainedTokenizer, train_bpe
-from megatron.training.description import warnings
+from megatron.training.description import repetition, warnings
 from megatron.training.home import require_state
 
 
@@ -318,6 +318,12 @@ def test_a_resume_with_another_curve_under_the_same_name_is_told() -> None:
     assert "would have had" not in told[1]
     skipped = warnings(config, Progress(5, 12, tokens + 16))
     assert not any("would have had" in note for note in skipped)
+
+
+def test_a_run_that_reads_its_corpus_again_and_again_says_so():
+    assert repetition(1_999, 1_000) == repetition(None, 1_000) == []
+    (note,) = repetition(2_000_000, 32_000)
+    assert note.startswith("2.00M tokens are 62 passes over the 32.0K of this corpus: watch the validation loss")
 
 
 def test_an_export_into_the_directory_that_one_is_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

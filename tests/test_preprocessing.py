@@ -302,6 +302,16 @@ class TestTools:
         plain = tool("inspect_data.py", "data/d_text_document", cwd=tmp_path)
         assert plain.returncode == 0 and "document 0 (" in plain.stdout
 
+    @pytest.mark.parametrize("unit", ["file", "paragraph"])
+    def test_one_text_file_that_became_one_document_is_said(self, files, tmp_path, unit):
+        (tmp_path / "a.txt").write_text("one paragraph\n")
+        made = tool(
+            "preprocess_data.py", "--input", "a.txt", "--output-prefix", "a", "--text-unit", unit, "--vocab-file",
+            files.vocab_file, "--merge-file", files.merge_file, cwd=tmp_path,
+        )  # fmt: skip
+        assert made.returncode == 0, made.stderr
+        assert ("note: one plain text file is one document" in made.stderr) == (unit == "file")
+
     def test_errors_are_one_line(self, files, tmp_path):
         for name, arguments in [
             (

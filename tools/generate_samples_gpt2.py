@@ -1,9 +1,9 @@
-"""Write text with a trained model, one JSON object a sample.
+"""Write text with a trained model: plain on a terminal, else one JSON object a sample.
 
-    python tools/generate_samples_gpt2.py --load runs/slw --num-samples 4 --top-p 0.9
+    python tools/generate_samples_gpt2.py --load runs/slw --prompt "The river" --num-samples 4 --top-p 0.9
     python tools/generate_samples_gpt2.py --load runs/slw --sample-input-file prompts.txt --greedy --out-seq-length 64
 
-Without --sample-input-file it writes from nothing: after the token that ends a document.
+Without a prompt it writes from nothing: after the token that ends a document.
 """
 
 from __future__ import annotations
@@ -18,9 +18,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from the so
 
 from megatron.checkpointing.weights import DTYPES, require_apart
 from megatron.errors import run
-from megatron.evaluation.generation import STANDARD_INPUT, Sampling, output_stream, read_prompts, write_samples
+from megatron.evaluation.generation import (
+    STANDARD_INPUT,
+    Sampling,
+    output_stream,
+    prompt_of,
+    read_prompts,
+    readable,
+    write_samples,
+)
 from megatron.evaluation.loading import load_model
-from megatron.flags import Parser, count, finite_number, output_file, positive, some_path
+from megatron.flags import Parser, count, finite_number, output_file, positive, some_path, some_text
 from megatron.tokenizer.build import add_tokenizer_flags, tokenizer_config
 
 
@@ -35,7 +43,9 @@ def parse_arguments() -> argparse.Namespace:
         help="a run or its checkpoints, of which the newest is taken; one checkpoint; a Hugging Face GPT-2 directory",
     )
     what = parser.add_argument_group("What to write")
-    what.add_argument(
+    prompts = what.add_mutually_exclusive_group()
+    prompts.add_argument("--prompt", type=some_text, action="append", metavar="TEXT", help="go on from it; repeatable")
+    prompts.add_argument(
         "--sample-input-file",
         type=some_path,
         metavar="FILE",
@@ -98,6 +108,8 @@ def main() -> None:
     tokenizer, prompts = loaded.require_tokenizer(), None
     if source is not None:
         prompts = read_prompts(source, tokenizer, loaded.config.seq_length)
+    if arguments.prompt:
+        prompts = (prompt_of(text, tokenizer, loaded.config.seq_length, "--prompt") for text in arguments.prompt)
     samples = write_samples(
         loaded.model,
         tokenizer,
@@ -110,9 +122,11 @@ def main() -> None:
         seed=arguments.seed,
         one_by_one=source == STANDARD_INPUT and os.isatty(0),
     )
+    plain = output is None and os.isatty(1)
     with output_stream(output) as stream:
-        for sample in samples:
-            print(json.dumps(sample, ensure_ascii=False), file=stream, flush=True)
+        for number, sample in enumerate(samples):
+            text = readable(sample) if plain else json.dumps(sample, ensure_ascii=False)
+            print("---\n" * (plain and number > 0) + text, file=stream, flush=True)
 
 
 if __name__ == "__main__":

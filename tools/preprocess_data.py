@@ -13,9 +13,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from the source tree, installed or not
 
 from megatron import old_flags
-from megatron.data.chunks import TEXT_UNITS
+from megatron.data.chunks import TEXT_UNITS, find_inputs
 from megatron.data.preprocessing import PreprocessConfig, preprocess
-from megatron.errors import run
+from megatron.errors import note, run
 from megatron.flags import Parser, count, output_prefix, positive, positive_number
 from megatron.tokenizer.build import TOKENIZER_TYPES, TokenizerFiles, add_file_flags
 
@@ -107,6 +107,7 @@ def main() -> None:
     arguments = vars(parse_arguments())
     names = ("tokenizer_type", "vocab_file", "merge_file", "tokenizer_file", "eod_token")
     tokenizer = TokenizerFiles(**{name: arguments.pop(name) for name in names})
+    inputs = find_inputs(arguments["input"], arguments["input_format"], arguments["text_unit"])
     summary = preprocess(PreprocessConfig(tokenizer=tokenizer, **arguments))
     for bad in summary.skipped[:10]:
         print(f"skipped {bad}", file=sys.stderr)
@@ -117,6 +118,11 @@ def main() -> None:
     )
     for prefix in summary.prefixes:
         print(f"{prefix}.bin, .idx, .json")
+    if summary.documents == 1 and [file.unit for file in inputs] == ["file"]:
+        note(
+            "one plain text file is one document, and whole documents are what training, validation and test get: "
+            "--text-unit paragraph (or line) makes many of it, --overwrite replaces this one"
+        )
 
 
 if __name__ == "__main__":

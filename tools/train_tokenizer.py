@@ -73,7 +73,6 @@ def main() -> None:
         arguments.vocab_size,
         arguments.output,
         min_frequency=arguments.min_frequency,
-        show_progress=sys.stderr.isatty(),
     )
     fewer = (
         ""

@@ -12,7 +12,7 @@ from megatron.data.gpt2_dataset import Dataset, GPT2Dataset
 from megatron.data.index_cache import LOCK_SECONDS
 from megatron.data.indexed_dataset import IndexedDataset
 from megatron.data.sample_index import order_version
-from megatron.data.splits import NAMES, split_documents
+from megatron.data.splits import NAMES, parse_split, split_documents
 from megatron.data.vocabulary import Vocabulary, find_vocabulary
 from megatron.errors import UserError
 
@@ -75,6 +75,9 @@ def build_datasets(
         for (weight, _), corpus, ranges in zip(weighted, corpora, splits, strict=True):
             documents = ranges[number]
             tokens += int(corpus.document_lengths[documents.start : documents.stop].sum())
+            if name != "train" and not len(documents) and (few := _few_documents(corpus, config.split, name)):
+                notes.append(few)
+                continue
             try:
                 dataset = GPT2Dataset(
                     corpus,
@@ -103,6 +106,17 @@ def build_datasets(
         fingerprint=_fingerprint(weighted, corpora, splits),
         notes=tuple(notes),
         num_tokens=(totals[0], totals[1], totals[2]),
+    )
+
+
+def _few_documents(corpus: IndexedDataset, split: str, name: str) -> str | None:
+    """Why a split that was asked for is empty, where the corpus has fewer documents than there are splits."""
+    found = len(corpus.document_lengths)
+    if found >= len(NAMES) or parse_split(split)[NAMES.index(name)] == 0:
+        return None
+    return (
+        f"{corpus.bin_path.with_suffix('')}: nothing for {name}: documents are what is split, and there is only "
+        f"{found}: preprocess a text file with --text-unit paragraph or line"
     )
 
 

@@ -170,19 +170,22 @@ def read_prompts(path: Path, tokenizer: Tokenizer, seq_length: int) -> Iterator[
     ):
         number = 0
         for number, line in enumerate(file, start=1):
-            yield _prompt(line, tokenizer, seq_length, f"--sample-input-file {path}:{number}")
+            where = f"--sample-input-file {path}:{number}"
+            try:
+                text = line.decode("utf-8").rstrip("\r\n")
+            except UnicodeDecodeError:
+                raise UserError(f"{where}: is not UTF-8 text; convert the file") from None
+            yield prompt_of(text, tokenizer, seq_length, where)
     if number == 0:
         raise UserError(f"--sample-input-file {path}: is empty; expected a prompt a line")
 
 
-def _prompt(line: bytes, tokenizer: Tokenizer, seq_length: int, where: str) -> Prompt:
-    try:
-        text = line.decode("utf-8").rstrip("\r\n")
-    except UnicodeDecodeError:
-        raise UserError(f"{where}: is not UTF-8 text; convert the file") from None
+def prompt_of(text: str, tokenizer: Tokenizer, seq_length: int, where: str) -> Prompt:
+    """The prompt `text`. Raises UserError, which begins with `where`, for an empty one and one that leaves nothing of
+    `seq_length` to write to."""
     tokens = tokenizer.encode(text)
     if not tokens:
-        raise UserError(f"{where}: is empty; expected a prompt (to write from nothing, give no --sample-input-file)")
+        raise UserError(f"{where}: is empty; expected a prompt (to write from nothing, give none)")
     if len(tokens) >= seq_length:
         raise UserError(
             f"{where}: has {len(tokens):,} tokens, which leaves nothing of the model's {seq_length:,} to write to; "
@@ -232,6 +235,12 @@ def write_samples(
                 "tokens": continuation.tokens,
                 "finished": continuation.finished,
             }
+
+
+def readable(sample: dict[str, object]) -> str:
+    """A sample of `write_samples` for people: prompt and text, with what a terminal would obey made visible."""
+    text = f"{sample['prompt']}{sample['text']}"
+    return "".join(char if char.isprintable() or char in "\n\t" else repr(char)[1:-1] for char in text)
 
 
 def _batches(prompts: Iterable[Prompt], num_samples: int, batch_size: int, one_by_one: bool) -> Iterator[list[Prompt]]:

@@ -32,9 +32,7 @@ class TrainedTokenizer:
     """Smaller than was asked for where the text has no more pairs to join."""
 
 
-def train_bpe(
-    texts: Iterator[str], vocab_size: int, output: str | Path, *, min_frequency: int = 2, show_progress: bool = False
-) -> TrainedTokenizer:
+def train_bpe(texts: Iterator[str], vocab_size: int, output: str | Path, *, min_frequency: int = 2) -> TrainedTokenizer:
     """Train on `texts` and write tokenizer.json, and the same tokenizer as vocab.json and merges.txt, into `output`.
 
     Ids are as in GPT-2: bytes, then merges in their order, then `<|endoftext|>`. The same texts give the same files.
@@ -54,7 +52,7 @@ def train_bpe(
         min_frequency=min_frequency,
         special_tokens=[],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=show_progress,
+        show_progress=False,  # its bar counts texts and pairs against totals that it does not know
     )
     counted = _Counted(texts)
     learner.train_from_iterator(counted, trainer=trainer)

@@ -10,7 +10,7 @@ from megatron.data.datasets import Datasets
 from megatron.distributed.world import World
 from megatron.growth import Growth
 from megatron.model.flops import parameter_count
-from megatron.pacing.plan import plan_run
+from megatron.pacing.plan import plan_run, target_tokens
 from megatron.progress import Progress
 from megatron.training.home import layout_name
 
@@ -39,8 +39,19 @@ def warnings(config: Config, progress: Progress) -> list[str]:
     return notes
 
 
+def repetition(trained: int | None, corpus: int) -> list[str]:
+    """A note where a run of `trained` tokens reads a corpus of `corpus` training tokens twice or more."""
+    if not trained or trained < 2 * corpus:
+        return []
+    return [
+        f"{format_count(trained)} tokens are {format_count(trained / corpus)} passes over the {format_count(corpus)} "
+        "of this corpus: watch the validation loss, which rises once they are learnt by heart"
+    ]
+
+
 def describe(config: Config, datasets: Datasets, vocab_size: int, world: World, progress: Progress) -> str:
     """What is about to happen, in a few lines."""
+    repeated = repetition(target_tokens(config), datasets.num_tokens[0])
     parameters = parameter_count(config.model, vocab_size)
     per_epoch = datasets.train.num_samples_per_epoch
     ranks = str(world.device.type)
@@ -53,7 +64,7 @@ def describe(config: Config, datasets: Datasets, vocab_size: int, world: World, 
         f"length     {config.model.seq_length}, sequence length warmup: {seqlen_pacing(config)}",
         f"batch      {config.training.global_batch_size} sequences a step{batch_size_pacing(config)}, on {ranks}, "
         f"from step {progress.iteration + 1:,}",
-        *(f"note       {note}" for note in [*datasets.notes, *warnings(config, progress)]),
+        *(f"note       {note}" for note in [*datasets.notes, *warnings(config, progress), *repeated]),
     ]
     return "\n".join(lines)
 
