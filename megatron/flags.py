@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron.counts import parse_count
-from megatron.errors import CommandLineError
+from megatron.errors import CommandLineError, note
 
 _NEGATIVE = re.compile(r"-[0-9.][0-9.,_eE+-]*[KMBGT]?$")
 
@@ -54,7 +54,9 @@ class Parser(argparse.ArgumentParser):
         )
         self._negative_number_matcher = _NEGATIVE  # argparse's own takes -1e-4 and -3K for flags
         self.advice: Callable[[str], str | None] = lambda flag: None
-        """What to say of a flag that is gone; None for one that never was."""
+        """What to do instead of a flag that is gone; None for one that never was."""
+        self.idle: dict[str, list[str]] = {}
+        """Why flags do nothing -> those given. Actions add them; they are said together, a line a reason."""
 
     def error(self, message: str) -> NoReturn:
         """Turn argparse's own complaint into ours."""
@@ -73,22 +75,33 @@ class Parser(argparse.ArgumentParser):
         parsed, rest = self.parse_known_args(words, namespace or argparse.Namespace())
         if rest:
             raise CommandLineError(f"unexpected argument {rest[0]!r}; flags start with --, see --help")
+        for why, idle in self.idle.items():
+            one = len(idle) == 1
+            note(f"{idle[0]} does nothing here: {why}" if one else f"these do nothing here: {', '.join(idle)} ({why})")
+        self.idle.clear()
         return parsed
 
     def _check_flags(self, words: list[str]) -> None:
         if {"-h", "--help"} & set(words):
             return
         flags = [word.partition("=")[0] for word in takewhile("--".__ne__, words) if word.startswith("--")]
-        said = {
-            flag: self._unknown(flag) for flag in flags if " " not in flag and flag not in self._option_string_actions
-        }
+        unknown = dict.fromkeys(f for f in flags if " " not in f and f not in self._option_string_actions)
+        gone: dict[str, list[str]] = {}
+        for flag in unknown:
+            if advice := self.advice(flag):
+                gone.setdefault(advice, []).append(flag)
+        said = [
+            f"{same[0]} is not a flag here: {advice}"
+            if len(same) == 1
+            else f"{', '.join(same)} are not flags here: {advice}"
+            for advice, same in gone.items()
+        ]
+        said += [self._unknown(flag) for flag in unknown if not self.advice(flag)]
         if said:
-            raise CommandLineError("; ".join(said.values()) + ("" if any(map(self.advice, said)) else "; see --help"))
+            raise CommandLineError("; ".join(said) + ("" if gone else "; see --help"))
 
     def _unknown(self, flag: str) -> str:
-        """What to say of a flag that there is not."""
-        if advice := self.advice(flag):
-            return advice
+        """What to say of a flag that never was."""
         shown = [action for action in self._actions if action.help != argparse.SUPPRESS]
         names = [option.lstrip("-") for action in shown for option in action.option_strings if option[:2] == "--"]
         near = difflib.get_close_matches(flag.lstrip("-"), names, n=1)  # dashes, which all have, make nothing alike

@@ -48,7 +48,9 @@ STEP_TAGS = {
     "adam_variance_max": "adam/variance_max",
     "adam_momentum_norm": "adam/momentum_norm",
     "tokens_per_second": "speed/tokens_per_second",
+    "step_seconds": "speed/step_seconds",
     "seconds": "speed/seconds",
+    "consumed_samples": "slw/consumed_samples",
 }
 """Field of a step -> its name in TensorBoard and W&B, grouped as the paper's figures are."""
 

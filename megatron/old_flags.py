@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from typing import Any, NamedTuple
 
-from megatron.errors import UserError, note
+from megatron.errors import UserError
 from megatron.flags import Parser
 
 ALIASES: dict[str, list[str]] = {
@@ -49,7 +49,10 @@ class Row(NamedTuple):
 
 FUSED, ONE_FORMAT = "attention is always fused", "there is one format of checkpoints, which any layout loads"
 RESUME = "the flags decide; a resume refuses a changed one unless --override names it, as in --override lr"
-LOGGED, SENT = "all that is measured is logged, at every step", "FSDP2 decides how it is sent"
+SENT = "FSDP2 decides how it is sent"
+TIMERS = (
+    "parts of a step are not timed; speed/step_seconds and speed/tokens_per_second of TensorBoard are of whole steps"
+)
 RECOMPUTED, SHARED = "full recomputes each block by itself", "--sequence-parallel shares out what is kept"
 NO_RECOMPUTE_CHOICE = "each block is recomputed by itself: give --recompute-granularity full alone"
 PIPELINES = "there are no pipelines: use --tensor-model-parallel-size and --zero-stage"
@@ -121,11 +124,20 @@ IGNORED: list[Row] = [
     Row("--ckpt-format --dist-ckpt-format --dist-ckpt-strictness", ONE_FORMAT, 1),
     Row("--no-check-for-nan-in-loss-and-grad --check-for-spiky-loss --check-for-large-grads",
         "both are always looked for: --on-nonfinite and --on-spike say what follows"),
-    Row("--log-timers-to-tensorboard --log-batch-size-to-tensorboard --log-validation-ppl-to-tensorboard "
-        "--log-memory-to-tensorboard --log-world-size-to-tensorboard --log-optimizer-states-to-tensorboard "
-        "--log-learning-rate-to-tensorboard --no-log-learnig-rate-to-tensorboard --no-log-loss-scale-to-tensorboard "
-        "--log-throughput --log-progress", LOGGED),
-    Row("--tensorboard-log-interval --tensorboard-queue-size --timing-log-level --timing-log-option", LOGGED, 1),
+    Row("--log-timers-to-tensorboard", TIMERS),
+    Row("--timing-log-level --timing-log-option", TIMERS, 1),
+    Row("--log-memory-to-tensorboard", "memory in use is not measured; tools/plan_run.py plans it"),
+    Row("--log-throughput", "TFLOP/s are not measured; speed/tokens_per_second is, and tools/plan_run.py says a run's "
+        "FLOPs"),
+    Row("--log-world-size-to-tensorboard", "it is no scalar: the output says it where the run starts"),
+    Row("--log-optimizer-states-to-tensorboard", "adam/variance_norm, adam/variance_max and adam/momentum_norm are "
+        "always logged; no other norms of its state are"),
+    Row("--log-batch-size-to-tensorboard --log-validation-ppl-to-tensorboard --log-learning-rate-to-tensorboard "
+        "--no-log-learnig-rate-to-tensorboard --no-log-loss-scale-to-tensorboard",
+        "batch size, learning rate, loss scale and validation perplexity are always logged"),
+    Row("--log-progress", "metrics.jsonl has the progress at every step"),
+    Row("--tensorboard-log-interval", "TensorBoard has every step, of those below 0.02 s a sample", 1),
+    Row("--tensorboard-queue-size", "TensorBoard's files are written out every 30 s", 1),
     Row("--log-params-norm --log-num-zeros-in-grad",
         "it is not measured; the norms of the gradient and of Adam's moments are"),
     Row("--no-one-logger", "nothing is sent anywhere but by --wandb-project"),
@@ -235,14 +247,13 @@ def aliases(field: str) -> list[str]:
 
 
 def advice(flag: str) -> str | None:
-    """The one line to show for an old flag that is gone, or None if it is not one."""
+    """What to do instead of an old flag that is gone, or None if it is not one."""
     families = (text for start, text in REFUSED_FAMILIES.items() if flag.startswith(start))
-    text = ADVICE.get(flag) or next(families, None)
-    return text and f"{flag} is not a flag here: {text}"
+    return ADVICE.get(flag) or next(families, None)
 
 
 class _Ignore(argparse.Action):
-    """Accept an old flag, say why it does nothing, and store nothing."""
+    """Accept an old flag, let the parser say why it does nothing, and store nothing."""
 
     def __init__(self, *, row: Row, **options: Any) -> None:
         super().__init__(nargs=row.arguments, **options)
@@ -254,7 +265,9 @@ class _Ignore(argparse.Action):
         given, row = " ".join(values), self._row
         if row.values and given not in row.values.split():
             raise UserError(f"{option_string} {given} is not offered here: {row.instead}")
-        note(f"{option_string} does nothing here: {row.why}")
+        flags = parser.idle.setdefault(row.why, [])
+        if option_string not in flags:
+            flags.append(option_string)
 
 
 HIDDEN: dict[str, Any] = {"help": argparse.SUPPRESS, "default": argparse.SUPPRESS}

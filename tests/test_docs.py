@@ -21,6 +21,7 @@ from pages import PAGES, ROOT, commands_of, name_of, split_page
 from megatron import deepspeed_config, old_flags
 from megatron.arguments import build_parser, parse_config
 from megatron.flags import Parser
+from megatron.metrics import STEP_TAGS
 from megatron.old_flags import SWITCHES
 from megatron.pacing.plan import plan_run
 
@@ -262,6 +263,15 @@ def test_every_old_flag_is_in_the_migration_guide_with_what_the_program_says() -
     assert rows(MIGRATION, "gone") == [[quoted(flags), advice] for flags, advice in old_flags.REFUSED.items()]
     families = [[f"`{start}`...", advice] for start, advice in old_flags.REFUSED_FAMILIES.items()]
     assert rows(MIGRATION, "families") == families
+
+
+def test_the_numbers_that_replace_megatrons_are_logged_under_these_names() -> None:
+    fields = {"iteration", "consumed_tokens", "perplexity", *STEP_TAGS}
+    table = rows(MIGRATION, "log")
+    tags = {tag for row in table for tag in re.findall(r"`([a-z-]+/\w[\w-]*)`", row[2])}
+    assert len(tags) >= 15 and tags <= {*STEP_TAGS.values(), "loss/validation", "loss/validation_perplexity"}
+    named = {name for row in table for name in re.findall(r"`([a-z_]+)`", row[1])}
+    assert len(named) > 12 and named <= fields | {"validation"}
 
 
 def test_every_key_of_deepspeeds_json_is_in_the_migration_guide() -> None:

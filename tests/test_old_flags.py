@@ -13,6 +13,7 @@ from megatron import old_flags
 from megatron.arguments import SECTIONS, build_parser, parse_config
 from megatron.config import Config
 from megatron.errors import UserError
+from megatron.metrics import STEP_TAGS
 from tools import preprocess_data
 
 SAME = """--num-layers 12 --hidden-size 768 --num-attention-heads 12 --max-position-embeddings 1024 --seq-length 1024
@@ -99,6 +100,19 @@ def test_old_flags_that_do_nothing_say_why(words: list[str], capsys: pytest.Capt
     assert note.startswith(f"note: {words[0]} does nothing here: ") and len(note) > len(words[0]) + 40
 
 
+def test_flags_that_do_nothing_for_one_reason_share_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    parse(*"--bias-gelu-fusion --mmap-warmup --bias-dropout-fusion --bias-gelu-fusion".split())
+    assert capsys.readouterr().err.splitlines() == [
+        "note: these do nothing here: --bias-gelu-fusion, --bias-dropout-fusion (torch.compile fuses what can be)",
+        "note: --mmap-warmup does nothing here: the operating system's page cache does this",
+    ]
+
+
+def test_reasons_name_scalars_that_there_are() -> None:
+    named = {tag for row in old_flags.IGNORED for tag in re.findall(r"(?:speed|adam)/\w+", row.why)}
+    assert len(named) == 5 and named <= set(STEP_TAGS.values())
+
+
 def test_of_several_processes_one_says_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -116,6 +130,14 @@ def test_flags_that_are_gone_say_what_to_do(words: list[str]) -> None:
         parse(*words)
     said = str(caught.value)
     assert said.startswith(f"{words[0]} is not a flag here: ") and "\n" not in said and len(said) < 240
+
+
+def test_flags_that_are_gone_for_one_reason_share_a_clause() -> None:
+    with pytest.raises(UserError) as caught:
+        parse(*"--swiglu --mock-data --num-query-groups 4".split())
+    assert str(caught.value).startswith(
+        "--swiglu, --num-query-groups are not flags here: only plain GPT-2 is trained here; --mock-data is not a flag "
+    )
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,9 @@ def test_the_log_has_every_step_and_the_fields_promised(straight):
         "adam_variance_norm", "adam_variance_max", "adam_momentum_norm",
     }  # fmt: skip
     assert all(set(e) == want for e in steps)
+    timed = json.loads((straight / "metrics.jsonl").read_text().partition("\n")[0])
+    assert timed["step_seconds"] * timed["tokens_per_second"] == pytest.approx(timed["consumed_tokens"])
+    assert timed["seconds"] == timed["step_seconds"] < timed["elapsed_seconds"]
     assert steps[0]["seqlen"] == 8
     assert steps[15]["seqlen"] == 32
     assert steps[-1]["consumed_samples"] == 48 * 3 + 56 * 4 + 64 * 13

@@ -11,7 +11,7 @@ import numpy as np
 
 from megatron.data.indexed_writer import IndexedDatasetWriter
 
-TIMES = {"seconds", "elapsed_seconds", "tokens_per_second"}
+TIMES = {"seconds", "step_seconds", "elapsed_seconds", "tokens_per_second"}
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 
 

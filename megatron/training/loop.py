@@ -213,6 +213,7 @@ class Run:
             "adam_variance_max": moments.adam_variance_max if moments else None,
             "adam_momentum_norm": moments.adam_momentum_norm if moments else None,
             "tokens_per_second": plan.tokens / seconds,
+            "step_seconds": seconds,
             "seconds": state.training_seconds,
             "elapsed_seconds": self._elapsed(),
         }
