@@ -344,6 +344,12 @@ class TestDamage:
         write(tmp_path / "books_text_document")
         with pytest.raises(UserError, match=r"did you mean .*books_text_document\?"):
             IndexedDataset(tmp_path / "books")
+        with pytest.raises(UserError, match=r"did you mean .*/books_text_document\?"):
+            IndexedDataset(tmp_path / "books_text_documnet")
+        Path(tmp_path / "books_text_document.bin").unlink()
+        for name in ("books_text_document", "shelf", "nowhere/books_text_document"):
+            with pytest.raises(UserError, match=r"made by tools/preprocess_data\.py$"):
+                IndexedDataset(tmp_path / name)
 
     @pytest.mark.parametrize(
         "content", ["", "[]", "{}", '{"schema": 2}', '{"schema": 1, "documents": "x"}', "\udcff", '{"schema": 1}']

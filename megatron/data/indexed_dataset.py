@@ -16,6 +16,7 @@ Beside them stands PREFIX.json, our own: counts, largest token id, tokenizer. It
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import struct
@@ -344,7 +345,10 @@ def _missing(prefix: str | Path, path: Path) -> str:
     text = str(prefix)
     if text.endswith((".bin", ".idx", ".json")):
         return f"{text}: give the data's prefix without its ending: {text.rpartition('.')[0]}"
-    near = sorted(path.parent.glob(f"{path.name.removesuffix(path.suffix)}_*_document.idx"))
-    hint = f"; did you mean {str(near[0]).removesuffix('.idx')}?" if near else ""
+    there = sorted(found.name.removesuffix(".idx") for found in path.parent.glob("*.idx"))
+    name = path.name.removesuffix(path.suffix)
+    near = [other for other in there if other.startswith(f"{name}_") and other.endswith("_document")]
+    near = [other for other in near or difflib.get_close_matches(name, there, n=2, cutoff=0.85) if other != name]
+    hint = f"; did you mean {path.with_name(near[0])}?" if near else ""
     kind = "is not a file" if path.exists() else "does not exist"
     return f"{path}: {kind}; expected PREFIX.bin and PREFIX.idx made by tools/preprocess_data.py{hint}"
