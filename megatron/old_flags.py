@@ -237,6 +237,20 @@ REFUSED_FAMILIES: dict[str, str] = {
 }
 """How flags begin that are gone as a family -> what to do instead."""
 
+EVALUATION: dict[str, str] = {
+    "--num-layers --hidden-size --num-attention-heads --max-position-embeddings --make-vocab-size-divisible-by "
+    "--layernorm-epsilon --use-checkpoint-args": "not needed, as the checkpoint says it",
+    "--batch-size --micro-batch-size --global-batch-size": "give --micro-batch-tokens N, the tokens of a forward pass",
+    "--fp16": "give --dtype fp16",
+    "--bf16": "give --dtype bf16",
+    "--model-parallel-size --tensor-model-parallel-size --sequence-parallel": "not needed, as any layout is read",
+    "--checkpoint-activations --recompute-activations --recompute-granularity --log-interval --no-load-optim "
+    "--no-load-rng --finetune --attention-dropout --hidden-dropout --seed": "not needed, as nothing is trained here",
+    "--pretrained-checkpoint": "give --load DIRECTORY",
+    "--data-path --split": "give --valid-data FILE, the text as it is",
+}  # fmt: skip
+"""Flags that scripts give Megatron-LM's tasks/main.py -> what to do instead with tools/evaluate_zeroshot.py."""
+
 ADVICE: dict[str, str] = {flag: advice for flags, advice in REFUSED.items() for flag in flags.split()}
 """The same as REFUSED, flag by flag."""
 
@@ -250,6 +264,13 @@ def advice(flag: str) -> str | None:
     """What to do instead of an old flag that is gone, or None if it is not one."""
     families = (text for start, text in REFUSED_FAMILIES.items() if flag.startswith(start))
     return ADVICE.get(flag) or next(families, None)
+
+
+def evaluation_advice(flag: str) -> str | None:
+    """What to do instead of a flag of Megatron-LM's tasks/main.py, or None if it is not one."""
+    known = {name: text for names, text in EVALUATION.items() for name in names.split()}
+    ignored = {name for row in IGNORED for name in row.flags.split()}
+    return known.get(flag) or ("not needed" if flag in ignored else None)
 
 
 class _Ignore(argparse.Action):

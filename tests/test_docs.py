@@ -261,6 +261,7 @@ def test_every_old_flag_is_in_the_migration_guide_with_what_the_program_says() -
         ]
         assert rows(MIGRATION, name) == expected
     assert rows(MIGRATION, "gone") == [[quoted(flags), advice] for flags, advice in old_flags.REFUSED.items()]
+    assert rows(MIGRATION, "evaluation") == [[quoted(flags), advice] for flags, advice in old_flags.EVALUATION.items()]
     families = [[f"`{start}`...", advice] for start, advice in old_flags.REFUSED_FAMILIES.items()]
     assert rows(MIGRATION, "families") == families
 

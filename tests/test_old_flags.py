@@ -14,7 +14,7 @@ from megatron.arguments import SECTIONS, build_parser, parse_config
 from megatron.config import Config
 from megatron.errors import UserError
 from megatron.metrics import STEP_TAGS
-from tools import preprocess_data
+from tools import evaluate_zeroshot, preprocess_data
 
 SAME = """--num-layers 12 --hidden-size 768 --num-attention-heads 12 --max-position-embeddings 1024 --seq-length 1024
 --make-vocab-size-divisible-by 128 --attention-dropout 0.1 --hidden-dropout 0.1 --weight-decay 0.01 --clip-grad 1.0
@@ -191,3 +191,27 @@ def test_old_preprocessing_scripts(
         monkeypatch.setattr(sys, "argv", [*script.split(), *words.split()])
         with pytest.raises(UserError, match=message):
             preprocess_data.parse_arguments()
+
+
+def test_old_evaluation_scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The flags that v1.1.5's documentation gives tasks/main.py for WikiText-103 and LAMBADA."""
+    script = (
+        "main.py --task WIKITEXT103 --valid-data v --tokenizer-type GPT2BPETokenizer --merge-file m --vocab-file v "
+        "--load c --num-layers 24 --hidden-size 1024 --num-attention-heads 16 --batch-size 8 --checkpoint-activations "
+        "--seq-length 1024 --max-position-embeddings 1024 --log-interval 10 --fp16 --no-load-optim --no-load-rng "
+        "--model-parallel-size 1 --openai-gelu --strict-lambada --overlapping-eval 32 --lrr 1"
+    )
+    monkeypatch.setattr(sys, "argv", script.split())
+    with pytest.raises(UserError) as caught:
+        evaluate_zeroshot.parse_arguments()
+    assert str(caught.value).split("; ") == [
+        "--num-layers, --hidden-size, --num-attention-heads, --max-position-embeddings are not flags here: not needed, "
+        "as the checkpoint says it",
+        "--batch-size is not a flag here: give --micro-batch-tokens N, the tokens of a forward pass",
+        "--checkpoint-activations, --log-interval, --no-load-optim, --no-load-rng are not flags here: not needed, as "
+        "nothing is trained here",
+        "--fp16 is not a flag here: give --dtype fp16",
+        "--model-parallel-size is not a flag here: not needed, as any layout is read",
+        "--openai-gelu is not a flag here: not needed",
+        "unknown flag --lrr",
+    ]

@@ -21,6 +21,7 @@ from pathlib import Path
 # Run from a source tree, installed or not.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron import old_flags
 from megatron.checkpointing.weights import DTYPES, require_apart
 from megatron.config import Config, TrainingConfig
 from megatron.distributed.launch import connect, read_environment
@@ -55,6 +56,7 @@ OWNERS = {
 def parse_arguments() -> argparse.Namespace:
     """The flags, with Megatron's names."""
     parser = Parser(description=__doc__)
+    parser.advice = old_flags.evaluation_advice
     parser.add_argument("--task", required=True, help=f"{WIKITEXT}, {LAMBADA}, or tasks of lm-eval with commas between")
     parser.add_argument(
         "--load",
