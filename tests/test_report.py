@@ -21,6 +21,7 @@ from megatron.instability.report import BRIEFLY, ROWS, comparison_table, verdict
 from megatron.instability.statistics import Correlation, Spread
 from megatron.instability.summary import Run, RunSummary, read_run, read_runs, summarise
 from megatron.instability.tables import Table, correlation_table, quality_table, report_tables
+from tools import compare_runs
 
 
 def planted(home: Path, losses: dict[str, list[float]], seconds: dict[str, float] | None = None) -> list[Run]:
@@ -204,6 +205,26 @@ def test_zero_shot_results_stand_in_table_2_where_there_are_any(tmp_path: Path) 
     results.write_text('{"WIKITEXT103": {}}')
     with pytest.raises(UserError, match=r"zeroshot\.json: expected a number adjusted_perplexity of WIKITEXT103"):
         summarise(read_run(tmp_path / "measured"))
+
+
+def test_a_log_that_begins_later_is_said_under_its_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    planted(tmp_path, LOSSES)
+    log = tmp_path / "slw" / "metrics.jsonl"
+    log.write_text("".join(line for line in log.read_text().splitlines(True) if json.loads(line)["iteration"] > 5))
+    runs = read_runs([str(tmp_path / "base"), str(tmp_path / "slw")])
+    line = "slw: its log begins with step 6; counts, largest and best values are of the 3 steps in it"
+    tables = tables_of(runs)
+    said = [table.title.partition(" (")[0] for table in tables if table.footnotes == (line,)]
+    assert said == ["Training instability", "Cost and quality", "Peaks and faults"]
+    for arguments in (["base", "slw"], ["slw"]):
+        monkeypatch.setattr(sys, "argv", ["compare_runs.py", *(str(tmp_path / name) for name in arguments)])
+        compare_runs.main()
+        assert capsys.readouterr().out.splitlines()[-1] == line
+    monkeypatch.setattr(sys, "argv", ["compare_runs.py", str(tmp_path / "base")])
+    compare_runs.main()
+    assert "its log begins" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("status", ["finished", "stopped", None])

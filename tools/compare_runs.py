@@ -25,7 +25,7 @@ from megatron.instability.quality import time_to_quality
 from megatron.instability.report import aligned, comparison_table, verdict
 from megatron.instability.setup import setup_of
 from megatron.instability.summary import read_runs, summarise
-from megatron.instability.tables import groups_table, report_tables
+from megatron.instability.tables import groups_table, later_logs, report_tables
 
 MANY = 6
 """Runs beyond which a terminal shows seeds together, and leaves each run to the report."""
@@ -90,6 +90,8 @@ def main() -> None:
         print(comparison_table(summaries, markdown=arguments.markdown, brief=arguments.brief))
         if len(runs) > 1:
             print(f"\n{sentences}")
+    if later := later_logs(summaries):
+        print("", *later, sep="\n")
     if arguments.output is not None:
         print(f"\nfigure: {arguments.output}")
     if arguments.html is not None:

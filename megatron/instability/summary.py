@@ -186,6 +186,10 @@ class RunSummary:
     name: str
     state: RunState
     steps: int
+    first_step: int | None
+    """In the log: 1, but for a run that goes on in another directory than it began in."""
+    logged_steps: int
+    """Of which counts, extremes and correlations are."""
     tokens: int
     """Tokens trained on."""
     min_step_tokens: float | None
@@ -266,6 +270,8 @@ def summarise(run: Run) -> RunSummary:
         name=run.name,
         state=run.state,
         steps=steps,
+        first_step=int(run.step("iteration")[0]) if run.step_count else None,
+        logged_steps=run.step_count,
         tokens=tokens,
         min_step_tokens=_reduce(np.min, run.step_tokens()),
         max_step_tokens=_reduce(np.max, run.step_tokens()),

@@ -55,7 +55,7 @@ class Table:
     header: tuple[str, ...]
     rows: tuple[Row, ...]
     footnotes: tuple[str, ...] = ()
-    """Of cells with a MARK, a line a run."""
+    """A line a run: of its cells with a MARK, or of all its row."""
     bands: tuple[tuple[str, int], ...] = ()
     """Titles above the header, each with the number of columns that it spans."""
 
@@ -129,6 +129,7 @@ def instability_table(summaries: Sequence[RunSummary]) -> Table:
             )
             for run, s in enumerate(summaries)
         ),
+        later_logs(summaries),
         bands=(("", 1), ("loss ratio", 3), ("same positions", 2), (smoothed, 2)),
     )
 
@@ -177,7 +178,7 @@ def quality_table(summaries: Sequence[RunSummary]) -> Table:
             )
             for run, s in enumerate(summaries)
         ),
-        zeroshot_footnotes(summaries),
+        zeroshot_footnotes(summaries) + later_logs(summaries),
     )
 
 
@@ -232,6 +233,7 @@ def peaks_table(summaries: Sequence[RunSummary]) -> Table:
             )
             for run, s in enumerate(summaries)
         ),
+        later_logs(summaries),
     )
 
 
@@ -298,6 +300,16 @@ def zeroshot_footnotes(summaries: Sequence[RunSummary]) -> tuple[str, ...]:
         f"{MARK} {summary.name}: " + "; ".join(f"{task} {text}" for task, text in summary.zeroshot_differences.items())
         for summary in summaries
         if summary.zeroshot_differences
+    )
+
+
+def later_logs(summaries: Sequence[RunSummary]) -> tuple[str, ...]:
+    """A line for each run whose first steps are in the log of another."""
+    return tuple(
+        f"{s.name}: its log begins with step {s.first_step:,}; counts, largest and best values are of the "
+        f"{s.logged_steps:,} steps in it"
+        for s in summaries
+        if s.first_step is not None and s.first_step > 1
     )
 
 
