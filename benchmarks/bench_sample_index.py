@@ -85,7 +85,7 @@ def measure_copying(documents: int, mean: float, seq_length: int) -> dict[str, A
     """Copy an array of the size of the index into memory that is as fresh as the index's."""
     tokens = int(make_lengths(documents, mean).sum())
     samples = count_samples(tokens, seq_length)
-    array = np.ones(documents + 2 * (samples + 1) + samples, dtype=index_dtype(documents))
+    array = np.ones(documents + 2 * (samples + 1) + samples, dtype=index_dtype(documents, samples, 0))
     before = peak_memory()
     seconds = measure.timed(array.copy)
     result = {"tokens": tokens, "samples": samples, "seconds": seconds, **dict.fromkeys(SECONDS[1:])}

@@ -15,6 +15,7 @@ def _end_quietly(kind: type[BaseException], value: BaseException, trace: Traceba
         sys.__excepthook__(kind, value, trace)
 
 
-_started = getattr(sys.modules.get("__main__"), "__file__", None)
-if _started and os.path.realpath(_started).startswith(os.path.dirname(os.path.dirname(__file__)) + os.sep):
+_started = os.path.realpath(getattr(sys.modules.get("__main__"), "__file__", None) or "")
+_tree = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+if _started == f"{_tree}/pretrain_gpt2.py" or os.path.dirname(_started) in (f"{_tree}/tools", f"{_tree}/benchmarks"):
     sys.excepthook = _end_quietly  # a program of this repository was started; what others do with Ctrl-C is theirs

@@ -242,8 +242,8 @@ def parse_config(parser: Parser, argv: Sequence[str]) -> tuple[Config, argparse.
 
 def _parse(parser: Parser, argv: Sequence[str]) -> tuple[Config, argparse.Namespace]:
     first = Parser(add_help=False)
-    first.add_argument("--config", action="append", default=[])
-    first.add_argument(*DEEPSPEED_FLAGS)
+    first.add_argument("--config", action="append", default=[], type=some_text)
+    first.add_argument(*DEEPSPEED_FLAGS, type=some_text)
     files = first.parse_known_args(list(argv))[0]
     given = argparse.Namespace()
     for recipe in files.config:
@@ -261,6 +261,9 @@ def _parse(parser: Parser, argv: Sequence[str]) -> tuple[Config, argparse.Namesp
             note(text)
         namespace = parser.parse_args(argv, given)
         deepspeed.check_seq_length(getattr(namespace, "seq_length", ModelConfig.seq_length))
+    if vars(namespace).get("zero_stage") == 1:
+        note("--zero-stage 1 is read as 2, which shares out gradients too")
+        namespace.zero_stage = 2
     return config_from(vars(namespace)), namespace
 
 

@@ -484,7 +484,7 @@ class ParallelConfig:
         require(tp >= 1, f"--tensor-model-parallel-size {tp} must be at least 1")
         require(
             self.zero_stage in (0, 2, 3),
-            f"--zero-stage {self.zero_stage}: expected 0, 2 or 3 (2 shares out what 1 would, and the gradients)",
+            f"--zero-stage {self.zero_stage}: expected 0, 2 or 3",
         )
         require(not self.sequence_parallel or tp > 1, "--sequence-parallel needs --tensor-model-parallel-size above 1")
         require(shard is None or shard >= 1, f"--data-parallel-shard-size {shard} must be at least 1")

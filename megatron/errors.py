@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
@@ -15,7 +17,8 @@ EXIT_STOPPED = 75
 """The run was asked to stop and has saved: start it again with --load to go on (EX_TEMPFAIL of sysexits.h)."""
 EXIT_INTERRUPTED = 130
 """Interrupted at once, as by a second Ctrl-C (128 + SIGINT)."""
-
+SPEAK_SECONDS = 30.0
+"""How long a process whose fault another one reports waits for that one, which may still be starting."""
 
 MEMORY_ADVICE = (
     "lower --micro-batch-tokens, or see what --recompute-granularity full and tools/plan_run.py --gpu-memory do"
@@ -44,6 +47,13 @@ def note(text: str) -> None:
         print(f"note: {text}", file=sys.stderr)
 
 
+def _let_speak() -> None:
+    """Wait to be ended: as soon as one process leaves torchrun ends the others, the one with the message among them."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(SPEAK_SECONDS)
+
+
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Run `main` and leave with its status; what a user can mend becomes one line on stderr, without a traceback unless
     MEGATRON_DEBUG is set in the environment.
@@ -56,9 +66,11 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     try:
         status = main()
     except SharedError:
-        pass
+        _let_speak()
     except UserError as error:
-        if not (isinstance(error, CommandLineError) and several and os.environ.get("LOCAL_RANK") != "0"):
+        if isinstance(error, CommandLineError) and several and os.environ.get("LOCAL_RANK", "0") != "0":
+            _let_speak()
+        else:
             print(f"error: {who}{error}", file=sys.stderr)
             if os.environ.get("MEGATRON_DEBUG"):
                 traceback.print_exc()

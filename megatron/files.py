@@ -61,6 +61,10 @@ def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> None:
     """
     path = Path(path)
     content = data.encode() if isinstance(data, str) else data
+    if path.exists() and not path.is_file():  # a pipe or a device is written to, and stays
+        with file_errors("write", path):
+            path.write_bytes(content)
+        return
     temporary = path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
     with file_errors("write", path):
         try:

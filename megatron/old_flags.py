@@ -24,6 +24,7 @@ ALIASES: dict[str, list[str]] = {
     "save_interval": ["--persistent-save-interval"],
     "deterministic": ["--deterministic-mode"],
     "wandb_name": ["--wandb-exp-name"],
+    "vocab_file": ["--vocab"],
     "deepspeed_config": ["--deepspeed_config"],
 }
 """Field -> old spellings with the same meaning."""

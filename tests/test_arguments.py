@@ -152,7 +152,7 @@ def test_old_no_ops_say_why(capsys):
         (["--train-iters", "1", "--save", ""], "--save: expected a text"),
         (["--train-iters", "1", "--model-size", "1.5B", "--model-parallel-size", "2"],
          "--tensor-model-parallel-size 2 must divide --num-attention-heads 25: use 1, 5, 25"),
-        (["--train-iters", "1", "--zero-stage", "1"], "--zero-stage 1: expected 0, 2 or 3"),
+        (["--train-iters", "1", "--zero-stage", "4"], "--zero-stage 4: expected 0, 2 or 3"),
         (["--train-iters", "1", "--sequence-parallel"], "--sequence-parallel needs --tensor-model-parallel"),
         (["--train-iters", "1", "--zero-stage", "0", "--data-parallel-shard-size", "2"], "has no effect with --zero-"),
         (["--train-iters", "1", "--distributed-timeout-minutes", "0"], "must be positive"),
@@ -192,3 +192,8 @@ def test_a_recipe_must_be_text(tmp_path):
     (tmp_path / "r.yaml").write_bytes(b"\xff\xfe\x00lr")
     with pytest.raises(UserError, match=r"r\.yaml: cannot be read"):
         parse("--config", str(tmp_path / "r.yaml"))
+
+
+def test_stage_1_of_zero_is_read_as_2_and_said(capsys):
+    assert parse("--train-iters", "1", "--zero-stage", "1").parallel.zero_stage == 2
+    assert capsys.readouterr().err == "note: --zero-stage 1 is read as 2, which shares out gradients too\n"

@@ -51,6 +51,12 @@ def test_run_its_checkpoints_or_one_of_them(home: Path, tmp_path: Path, below: s
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.safetensors", "run"]
 
 
+def test_the_directory_of_the_weights_is_made(home: Path, tmp_path: Path) -> None:
+    output = tmp_path / "new" / "one" / "weights.safetensors"
+    export_weights(home, output, dtype=None, force=False)
+    assert output.stat().st_size > 0
+
+
 def test_dtype_is_that_of_what_is_floating_point(home: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.safetensors"
     export_weights(home, output, dtype="bf16", force=False)

@@ -1,6 +1,11 @@
 """How a program ends where a user can mend what is wrong."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
+from whole_runs import ENVIRONMENT
 
 from megatron.errors import UserError, run
 
@@ -23,3 +28,25 @@ def test_a_fault_is_one_line_and_a_traceback_only_where_it_is_asked_for(debug, m
     assert (len(lines) > 1) == bool(debug)
     if debug:
         assert lines[1].startswith("Traceback") and lines[-1].endswith("UserError: --lr x: expected a number")
+
+
+@pytest.mark.parametrize(("fault", "speaker"), [("CommandLineError", 0), ("SharedError", 1)])
+def test_under_torchrun_the_rank_with_the_message_has_time_to_say_it(fault, speaker, tmp_path):
+    """The other one is there two seconds before it, and torchrun ends all as soon as one has left."""
+    program = tmp_path / "late.py"
+    program.write_text(
+        f"import os, sys, time\nsys.path.insert(0, {str(Path(__file__).parents[1])!r})\n"
+        "from megatron.errors import CommandLineError, SharedError, UserError, run\n"
+        "def main():\n"
+        f"    speaks = os.environ['RANK'] == '{speaker}'\n"
+        "    time.sleep(2 * speaks)\n"
+        f"    raise (UserError if speaks and {fault} is SharedError else {fault})('--lr x: expected a number')\n"
+        "run(main)\n",
+        encoding="utf-8",
+    )
+    command = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [sys.executable, *command, str(program)], capture_output=True, text=True, check=False, env=ENVIRONMENT
+    )
+    assert done.returncode == 1
+    assert done.stderr.count(f"error: [rank {speaker}] --lr x: expected a number") == done.stderr.count("error: ") == 1

@@ -159,7 +159,7 @@ REFUSED = [
     (no_idx, "", r"toy_text_document\.idx: does not exist"),
     (new_corpus, "", r"other settings: data: checkpoint \w+, now \w+\. .*--override data"),
     (nothing, "--vocab-size 70", r"other settings: tokenizer: checkpoint .*64.*, now .*70.*--override tokenizer"),
-    (nothing, "--seq-length 24", r"other settings: .*seq_length: checkpoint 16, now 24.*--override .*seq_length"),
+    (nothing, "--seq-length 24", r"other settings: .*seq_length: checkpoint 16, now 24.*another run in a new --save"),
     (nothing, "--global-batch-size 32", r"global_batch_size: checkpoint 16, now 32.*--override global_batch_size"),
     (path_out_of_the_checkpoint, "", r"manifest\.json: '\.\./\.\./\.\./secret' is not a plain file name"),
     (link_out_of_the_checkpoint, "", r"state\.json: leads outside the checkpoint, to .*outside\.json"),

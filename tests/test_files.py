@@ -81,3 +81,13 @@ def test_digests(tmp_path: Path, size: int) -> None:
     assert crc32_of(tmp_path / "file") == f"{zlib.crc32(data):08x}"
     with pytest.raises(UserError, match=r"cannot read .*nothing: No such file"):
         crc32_of(tmp_path / "nothing")
+
+
+def test_a_pipe_is_written_to_and_stays(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_atomic(pipe, "text")
+    assert os.read(reader, 9) == b"text"
+    os.close(reader)
+    assert pipe.is_fifo() and [path.name for path in tmp_path.iterdir()] == ["pipe"]

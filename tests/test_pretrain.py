@@ -375,7 +375,9 @@ def test_a_second_interrupt_ends_at_once_with_one_line(corpus, tmp_path):
     said, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert said.count("SIGINT: stopping after this step, then saving (again: stop now") == 1
-    assert errors == "error: interrupted; no checkpoint was saved yet: the same command starts anew\n"
+    assert (
+        errors == f"error: interrupted; no checkpoint was saved yet: the same command with --load {home} starts anew\n"
+    )
 
 
 def test_after_an_interruption_it_is_said_which_checkpoint_is_the_last(tmp_path):
@@ -386,6 +388,8 @@ def test_after_an_interruption_it_is_said_which_checkpoint_is_the_last(tmp_path)
     config = CheckpointConfig(save=str(home), load=str(home))
     assert how_to_go_on(config) == f"the last checkpoint is {last}: the same command goes on from there"
     assert f"the same command with --load {home} goes on" in how_to_go_on(replace(config, load=None))
+    tuned = replace(config, load="weights", finetune=True)
+    assert f"the same command with --load {home} and without --finetune goes on" in how_to_go_on(tuned)
     assert how_to_go_on(CheckpointConfig()) == "nothing is saved: no --save"
 
 

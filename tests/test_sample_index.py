@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from random import Random
 from unittest import mock
@@ -57,7 +58,9 @@ def test_index_of_an_epoch(lengths: list[int], seq_length: int, seed: int, epoch
 def test_numbers_take_four_bytes_where_they_fit(lengths: list[int]) -> None:
     index = build_sample_index(np.array(lengths), 2**20 if lengths[-1] > 9 else 4, 1, 0)
     assert index.starts.dtype == index.documents.dtype == (np.int64 if lengths[-1] == 2**31 else np.int32)
-    assert index_dtype(2**31 - 1) is np.int32 and index_dtype(2**31) is np.int64
+    for large in itertools.permutations((2**31, 5, 7)):
+        assert index_dtype(*large) is np.int64
+    assert index_dtype(2**31 - 1, 2**31 - 1, 2**31 - 1) is np.int32
 
 
 @given(st.integers(0, 2000), st.integers(0, 9))

@@ -137,6 +137,12 @@ def keep(home: Path, task: str, barrier: object) -> None:
     write_result({"task": task}, load=home, output=None)
 
 
+def test_the_directory_of_a_result_is_made(tmp_path: Path) -> None:
+    output = tmp_path / "new" / "one" / "result.json"
+    assert write_result({"task": "LAMBADA"}, load=tmp_path, output=output) == [output]
+    assert json.loads(output.read_text()) == {"task": "LAMBADA"}
+
+
 def test_evaluations_that_end_together_lose_no_result(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     context = multiprocessing.get_context("fork")

@@ -162,7 +162,7 @@ class GPT2Dataset:
         counts = last[:, 0] - first[:, 0] + 1
         heads = np.cumsum(counts) - counts  # where each sample's pieces begin
         positions = np.repeat(first[:, 0] - heads, counts) + np.arange(int(counts.sum()), dtype=np.int64)
-        documents = index.documents[positions].astype(np.int64)
+        documents = np.asarray(index.documents[positions], dtype=np.int64)  # indices may be of four bytes
         begins = np.zeros(len(documents), dtype=np.int64)
         begins[heads] = first[:, 1]
         ends = self._lengths[documents]

@@ -100,15 +100,15 @@ def build_sample_index(document_lengths: Int64Array, seq_length: int, seed: int,
     num_tokens = int(document_lengths.sum(dtype=np.int64))
     require_sample(num_tokens, seq_length, "the documents of this split")
     samples = count_samples(num_tokens, seq_length)
-    dtype = index_dtype(max(len(document_lengths), samples, int(document_lengths.max())))
+    dtype = index_dtype(len(document_lengths), samples, int(document_lengths.max()))
     documents = shuffled(len(document_lengths), dtype, generator(seed, epoch, DOCUMENT_ORDER))
     starts = locate_samples(document_lengths, documents, seq_length, samples)
     return SampleIndex(documents, starts, shuffled(samples, dtype, generator(seed, epoch, SAMPLE_ORDER)))
 
 
-def index_dtype(largest: int) -> type[np.int32 | np.int64]:
-    """The type of an index with numbers up to `largest`: four bytes where they are enough."""
-    return np.int32 if largest <= np.iinfo(np.int32).max else np.int64
+def index_dtype(documents: int, samples: int, longest: int) -> type[np.int32 | np.int64]:
+    """The type of an index over so many documents, the longest of so many tokens: four bytes where they are enough."""
+    return np.int32 if max(documents, samples, longest) <= np.iinfo(np.int32).max else np.int64
 
 
 def shuffled(count: int, dtype: type[np.int32 | np.int64], random: np.random.Generator) -> IndexArray:

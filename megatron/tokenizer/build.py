@@ -9,6 +9,8 @@ from pathlib import Path
 
 from megatron.config import TokenizerConfig
 from megatron.errors import CommandLineError, UserError
+from megatron.flags import some_text
+from megatron.old_flags import aliases
 from megatron.tokenizer import gpt2_bpe, huggingface
 from megatron.tokenizer.base import END_OF_TEXT, Tokenizer
 from megatron.tokenizer.gpt2_bpe import GPT2BPETokenizer
@@ -41,9 +43,11 @@ class TokenizerFiles:
 
 def add_file_flags(group: argparse._ArgumentGroup, eod_default: str = END_OF_TEXT) -> None:
     """Add the flags, other than --tokenizer-type, that `TokenizerFiles` holds to a tool's command line."""
-    group.add_argument("--vocab-file", metavar="FILE", help="vocab.json of a GPT-2 BPE")
-    group.add_argument("--merge-file", metavar="FILE", help="merges.txt of a GPT-2 BPE")
-    group.add_argument("--tokenizer-file", metavar="FILE", help="tokenizer.json, for HFTokenizer")
+    group.add_argument(
+        "--vocab-file", *aliases("vocab_file"), type=some_text, metavar="FILE", help="vocab.json of a GPT-2 BPE"
+    )
+    group.add_argument("--merge-file", type=some_text, metavar="FILE", help="merges.txt of a GPT-2 BPE")
+    group.add_argument("--tokenizer-file", type=some_text, metavar="FILE", help="tokenizer.json, for HFTokenizer")
     group.add_argument("--eod-token", metavar="TOKEN", help=f"the token that ends a document (default: {eod_default})")
 
 

@@ -78,9 +78,11 @@ def how_to_go_on(config: CheckpointConfig) -> str:
     if config.save is None:
         return "nothing is saved: no --save"
     found = named_checkpoints(checkpoints_in(Path(config.save)))
+    again = "the same command"
+    if not continues(config):
+        again += f" with --load {config.save}" + " and without --finetune" * config.finetune
     if not found:
-        return "no checkpoint was saved yet: the same command starts anew"
-    again = "the same command" if continues(config) else f"the same command with --load {config.save}"
+        return f"no checkpoint was saved yet: {again} starts anew"
     return f"the last checkpoint is {found[0]}: {again} goes on from there"
 
 
@@ -106,13 +108,13 @@ def resume(
         console.message(f"weights of {path}")
         return
     saved, now = checkpoint.state["layout"], layout_name(config, world)
+    take_over(state, checkpoint, config, world)
     console.message(f"resumed from {path}: step {checkpoint.iteration:,}")
     if saved != now:
         console.message(
             f"saved as {saved}, now {now}: the state is resharded; the order of the data is the same, rounding and "
             "dropout are not: not bit for bit"
         )
-    take_over(state, checkpoint, config, world)
 
 
 def require_state(checkpoint: Checkpoint, needed: Collection[str], world: World) -> None:

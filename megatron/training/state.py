@@ -37,6 +37,8 @@ GUARDED = (
 """Settings that a resume must not change unnoticed."""
 NEEDED_BY_WEIGHTS = ("num_attention_heads", "norm_epsilon", "tokenizer")
 """Settings that give the same weights another meaning, and that their shapes do not tell."""
+SHAPES = ("num_layers", "hidden_size", "max_position_embeddings")
+"""Settings that give the weights their shapes, so that no --override helps."""
 
 
 @dataclass
@@ -136,11 +138,12 @@ def check_settings(saved: dict[str, Any], current: dict[str, Any], override: tup
     """
     allowed = {name.replace("-", "_") for name in override}
     differences = {n: (saved.get(n), v) for n, v in current.items() if saved.get(n) != v}
-    refused = {n: d for n, d in differences.items() if n not in allowed}
+    refused = {n: d for n, d in differences.items() if n not in allowed or n in SHAPES}
     if refused:
         lines = "; ".join(f"{n}: checkpoint {old}, now {new}" for n, (old, new) in refused.items())
-        raise UserError(
-            f"{where} was made with other settings: {lines}. "
-            f"Use the checkpoint's, or allow the change with --override {' '.join(refused)}"
-        )
+        fixed = [n for n in refused if n in SHAPES]
+        advice = f"allow the change with --override {' '.join(refused)}"
+        if fixed:
+            advice = f"start another run in a new --save: its weights have the shapes of its {' and '.join(fixed)}"
+        raise UserError(f"{where} was made with other settings: {lines}. Use the checkpoint's, or {advice}")
     return [f"{n}: {old} -> {new}" for n, (old, new) in differences.items()]
