@@ -422,9 +422,7 @@ def leave(why: str = "") -> NoReturn:
     with contextlib.suppress(OSError, ValueError):
         if why:
             start = "\n" if sys.stderr.isatty() else ""  # a live progress line may stand there
-            sys.stderr.write(
-                f"{start}error: {why}; the run ends here, its last checkpoint stands; the same command goes on\n"
-            )
+            sys.stderr.write(f"{start}error: {why}; the run ends here, its last checkpoint stands\n")
         sys.stderr.flush()
         sys.stdout.flush()
     os._exit(EXIT_FAILURE)
