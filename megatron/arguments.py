@@ -240,6 +240,11 @@ def parse_config(parser: Parser, argv: Sequence[str]) -> tuple[Config, argparse.
         raise CommandLineError(str(error)) from None
 
 
+def read_config(path: Path) -> Config:
+    """The Config of a recipe, or of the config.yaml of a run. Raises CommandLineError that names `path`."""
+    return parse_config(build_parser(), ["--config", str(path)])[0]
+
+
 def _parse(parser: Parser, argv: Sequence[str]) -> tuple[Config, argparse.Namespace]:
     first = Parser(add_help=False)
     first.add_argument("--config", action="append", default=[], type=some_text)

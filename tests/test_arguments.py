@@ -157,6 +157,8 @@ def test_old_no_ops_say_why(capsys):
         (["--train-iters", "1", "--zero-stage", "0", "--data-parallel-shard-size", "2"], "has no effect with --zero-"),
         (["--train-iters", "1", "--distributed-timeout-minutes", "0"], "must be positive"),
         (["--config", "/does/not/exist.yaml"], "no such file"),
+        (["--config="], "--config: expected a text, found an empty one"),
+        (["--deepspeed-config="], "expected a text, found an empty one"),
     ],
 )  # fmt: skip
 def test_bad_command_lines(argv, message):

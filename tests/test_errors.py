@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from whole_runs import ENVIRONMENT
 
-from megatron.errors import UserError, run
+from megatron.errors import CommandLineError, UserError, run
 
 
 @pytest.mark.parametrize("debug", [None, "1"])
@@ -28,6 +28,25 @@ def test_a_fault_is_one_line_and_a_traceback_only_where_it_is_asked_for(debug, m
     assert (len(lines) > 1) == bool(debug)
     if debug:
         assert lines[1].startswith("Traceback") and lines[-1].endswith("UserError: --lr x: expected a number")
+
+
+@pytest.mark.parametrize(("local_rank", "said"), [(None, True), ("0", True), ("1", False)])
+def test_where_no_local_rank_is_set_a_command_line_fault_is_said(local_rank, said, monkeypatch, capsys):
+    """As in a container of its own for each rank."""
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": local_rank, "TORCHELASTIC_RUN_ID": None}.items():
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+    monkeypatch.setattr("os._exit", sys.exit)
+
+    def main() -> int:
+        raise CommandLineError("--lr x: expected a number")
+
+    with pytest.raises(SystemExit) as left:
+        run(main)
+    assert left.value.code == 1
+    assert capsys.readouterr().err == "error: [rank 1] --lr x: expected a number\n" * said
 
 
 @pytest.mark.parametrize(("fault", "speaker"), [("CommandLineError", 0), ("SharedError", 1)])

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-from megatron.arguments import build_parser, parse_config
+from megatron.arguments import read_config
 from megatron.console import format_count, format_duration
 from megatron.errors import UserError
 from megatron.instability.groups import Group
@@ -105,7 +105,7 @@ def _length_sentence(run: Run) -> str:
     if longest is None or path is None or not path.is_file() or run.state.status == "running":
         return ""
     with suppress(UserError):  # the configuration of another version
-        full = parse_config(build_parser(), ["--config", str(path)])[0].model.seq_length
+        full = read_config(path).model.seq_length
         if longest < full:
             return (
                 f"{run.name} ended at sequence length {longest:.0f}, before its warmup reached --seq-length {full}, at "

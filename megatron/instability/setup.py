@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
 
-from megatron.arguments import build_parser, flat, parse_config, yaml_value
+from megatron.arguments import flat, read_config, yaml_value
 from megatron.config import BatchSizeWarmupConfig, Config, SeqlenWarmupConfig
 from megatron.console import format_count
 from megatron.data.indexed_dataset import Sidecar, paths_of
@@ -86,7 +86,7 @@ def _read(run: Run) -> Config | str:
     if path is None or not path.is_file():
         return "no config.yaml beside its log, so that its settings are not known"
     try:
-        return parse_config(build_parser(), ["--config", str(path)])[0]
+        return read_config(path)
     except UserError as error:
         return f"its settings cannot be read: {error}"
 

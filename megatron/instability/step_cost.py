@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron.arguments import build_parser, parse_config
+from megatron.arguments import read_config
 from megatron.config import Config, ModelConfig, require
 from megatron.instability.statistics import FloatArray
 from megatron.instability.summary import Run
@@ -97,7 +97,7 @@ def _check_model(run: Run, model: ModelConfig) -> None:
     path = run.path and run.path.with_name("config.yaml")
     if path is None or not path.is_file():
         return
-    found = parse_config(build_parser(), ["--config", str(path)])[0].model
+    found = read_config(path).model
     shapes = [f"{m.num_layers} layers of {m.hidden_size}" for m in (model, found)]
     require(
         shapes[0] == shapes[1],

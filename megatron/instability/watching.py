@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from megatron.arguments import build_parser, parse_config
+from megatron.arguments import read_config
 from megatron.config import Config
 from megatron.console import ProgressLine
 from megatron.errors import UserError
@@ -248,7 +248,7 @@ def number(entry: Mapping[str, Any] | None, name: str) -> float | None:
 
 def _read(path: Path) -> Config | None:
     try:
-        return parse_config(build_parser(), ["--config", str(path)])[0]
+        return read_config(path)
     except UserError:  # none there, or of another version: the rest can be watched all the same
         return None
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megatron.arguments import build_parser, parse_config
+from megatron.arguments import read_config
 from megatron.counts import parse_count
 from megatron.errors import UserError
 from megatron.files import write_atomic
@@ -41,8 +41,7 @@ class PaperRun:
 
     def plan(self, directory: Path) -> dict[str, Any]:
         """`plan_totals` of its recipe in `directory`. Raises UserError for a recipe that cannot be planned."""
-        config, _ = parse_config(build_parser(), ["--config", str(directory / f"{self.recipe}.yaml")])
-        return plan_totals(config, parse_count(self.at) if self.at else None)
+        return plan_totals(read_config(directory / f"{self.recipe}.yaml"), parse_count(self.at) if self.at else None)
 
     def row(self, totals: dict[str, Any]) -> str:
         """Its line of a table, with the `totals` that were planned."""
