@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import matplotlib.image
@@ -55,6 +56,26 @@ def test_panels_hold_the_logged_values(runs: list[Run]) -> None:
             y_scale = 1e-3 if panel.y == "lr" else 1.0
             np.testing.assert_allclose(line.get_xdata(), x[known] / x_scale)
             np.testing.assert_allclose(line.get_ydata(), y[known] / y_scale)
+
+
+def test_lengths_and_batches_are_stairs_also_where_they_are_thinned_out() -> None:
+    steps = np.arange(1.0, 5_001.0)
+    growing = 8 * np.minimum(1 + steps // 100, 32)
+    columns = {"iteration": steps, "consumed_tokens": 100 * steps, "lr": 1e-3 * steps}
+    run = Run("slw", columns | {"seqlen": growing, "global_batch_size": growing}, {})
+    slopes = []
+    for svg in report_svgs(REPORT_FIGURES[0], [run]):
+        curves = re.findall(r'<path d="([^"]*)"[^>]*stroke: var\(--run0\)', svg)
+        points = [np.array(re.findall(r"[ML] (\S+) (\S+)", curve), dtype=float) for curve in curves]
+        slopes.append(any((np.diff(line, axis=0) != 0).all(axis=1).any() for line in points))
+        assert max(map(len, points)) > 10 or slopes[-1]
+    assert slopes == [False] * 4 + [True] * 2  # length and batch size, then the learning rate, each over two axes
+
+
+def test_the_report_begins_with_the_schedules_as_its_document_says() -> None:
+    document = (Path(__file__).parents[1] / "docs/metrics.md").read_text(encoding="utf-8")
+    paragraph = document.partition("**Figures** ")[2].partition("\n\n")[0]
+    assert re.findall(r"\*([^*]+)\*", paragraph) == [figure.title for figure in REPORT_FIGURES]
 
 
 def spiked() -> Run:
@@ -177,7 +198,7 @@ def test_a_report_of_many_long_runs_is_small() -> None:
     names = ("loss", "loss_ratio", "position_matched_loss_ratio")
     columns = {"iteration": steps, "consumed_tokens": 65_536 * steps}
     runs = [Run(str(index), columns | {name: 1 + random.random(2_000) for name in names}, {}) for index in range(24)]
-    assert sum(map(len, report_svgs(REPORT_FIGURES[2], runs))) < 1_000_000
+    assert sum(map(len, report_svgs(REPORT_FIGURES[3], runs))) < 1_000_000
 
 
 def test_seeds_of_a_setting_share_a_colour_and_an_entry() -> None:

@@ -218,6 +218,9 @@ def test_a_log_that_begins_later_is_said_under_its_counts(
     tables = tables_of(runs)
     said = [table.title.partition(" (")[0] for table in tables if table.footnotes == (line,)]
     assert said == ["Training instability", "Cost and quality", "Peaks and faults"]
+    seeds = read_runs([f"slw-seed{n}={tmp_path / name}" for n, name in enumerate(("base", "slw"))])
+    (table,) = [table for table in tables_of(seeds) if table.title == "Seeds"]
+    assert table.footnotes == (line.replace("slw:", "slw-seed1:"),)
     for arguments in (["base", "slw"], ["slw"]):
         monkeypatch.setattr(sys, "argv", ["compare_runs.py", *(str(tmp_path / name) for name in arguments)])
         compare_runs.main()

@@ -79,6 +79,8 @@ class Panel:
     """A cross at the top where a run's loss was first not finite."""
     from_zero: bool = False
     """The y-axis starts at 0."""
+    stairs: bool = False
+    """A value holds until the next one: no slope between the two, also where a curve is thinned out."""
 
 
 _DERIVED: dict[str, Callable[[Run], FloatArray]] = {
@@ -173,6 +175,7 @@ def draw_panel(axis: Axes, panel: Panel, runs: Sequence[Run], *, points: int | N
             y = moving_average(y, max(1, round(SMOOTHING * len(y))))
         x, y = _thin(x, y, points)
         style = {"color": colour, "linestyle": dashes_of(index), "zorder": order, "label": run.name}
+        style["drawstyle"] = "steps-post" if panel.stairs else "default"
         if panel.validation:
             size = 4.6 if index == 0 else 3.0
             axis.plot(x, y, marker=marker_of(index), markersize=size, linewidth=width, **style)

@@ -38,7 +38,7 @@ from megatron.instability.loss_ratio import SPIKE
 from megatron.instability.summary import Run
 
 TRAINING_LOSS = Panel("Training loss at the step's length", "loss", "loss (nats/token)", smooth=True)
-SEQUENCE_LENGTH = Panel("Sequence length", "seqlen", "tokens", from_zero=True)
+SEQUENCE_LENGTH = Panel("Sequence length", "seqlen", "tokens", from_zero=True, stairs=True)
 LEARNING_RATE = Panel("Learning rate", "lr", "learning rate", from_zero=True)
 LOSS_RATIO = Panel("Loss ratio, all positions", "loss_ratio", "ratio to best so far", thin=True, threshold=SPIKE)
 MATCHED_RATIO = replace(LOSS_RATIO, title="Loss ratio, same positions", y="position_matched_loss_ratio")
@@ -95,6 +95,15 @@ class ReportFigure:
 _RATIO = replace(LOSS_RATIO, mark_non_finite=True)
 REPORT_FIGURES = (
     ReportFigure(
+        "Schedules",
+        "What each step used.",
+        (
+            replace(SEQUENCE_LENGTH, label="length (tokens)"),
+            Panel("Batch size", "global_batch_size", "sequences", from_zero=True, stairs=True),
+            LEARNING_RATE,
+        ),
+    ),
+    ReportFigure(
         "Validation perplexity",
         "At full length, by steps, tokens, time without and with evaluation (as the paper's Figures 4(a), 4(b) and 5).",
         (Panel("", "perplexity", "validation perplexity", validation=True, log=True),),
@@ -123,15 +132,6 @@ REPORT_FIGURES = (
             replace(VARIANCE_NORM, title="Variance, norm"),
             replace(VARIANCE_MAX, title="Variance, largest element"),
             Panel("Momentum, norm", "adam_momentum_norm", "‖m‖₁", log=True),
-        ),
-    ),
-    ReportFigure(
-        "Schedules",
-        "What each step used.",
-        (
-            replace(SEQUENCE_LENGTH, label="length (tokens)"),
-            Panel("Batch size", "global_batch_size", "sequences", from_zero=True),
-            LEARNING_RATE,
         ),
     ),
 )

@@ -64,7 +64,7 @@ def report_tables(summaries: Sequence[RunSummary], targets: Sequence[Target], gr
     """Every table that there is something to say in, in the order of reading."""
     tables = [
         runs_table(summaries),
-        *([groups_table(groups, targets)] if groups else []),
+        *([groups_table(groups, targets, summaries)] if groups else []),
         instability_table(summaries),
         quality_table(summaries),
         correlation_table(summaries),
@@ -261,8 +261,17 @@ def targets_table(targets: Sequence[Target]) -> Table:
     )
 
 
-def groups_table(groups: Sequence[Group], targets: Sequence[Target] = (), *, brief: bool = False) -> Table:
-    """Mean and spread over the runs of a setting, as the seeds of the paper's Appendix A.2.1."""
+def groups_table(
+    groups: Sequence[Group],
+    targets: Sequence[Target] = (),
+    summaries: Sequence[RunSummary] = (),
+    *,
+    brief: bool = False,
+) -> Table:
+    """Mean and spread over the runs of a setting, as the seeds of the paper's Appendix A.2.1.
+
+    `summaries`, for the footnotes, are those of the runs.
+    """
     columns = [column for column in _GROUP_COLUMNS if not brief or column[0] in _BRIEFLY]
 
     def cells(group: Group) -> tuple[str, ...]:
@@ -285,6 +294,7 @@ def groups_table(groups: Sequence[Group], targets: Sequence[Target] = (), *, bri
             *(f"reached {target.perplexity:,.2f}" for target in targets),
         ),
         tuple(Row(cells(group)) for group in groups),
+        later_logs(summaries),
     )
 
 
