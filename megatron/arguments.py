@@ -68,8 +68,6 @@ class _Preset(argparse.Action):
     def __call__(
         self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
     ) -> None:
-        if values not in MODEL_SIZES:
-            raise argparse.ArgumentError(self, f"expected one of {', '.join(MODEL_SIZES)}, found {values!r}")
         setattr(namespace, self.dest, values)
         for name, value in zip(PRESET_FLAGS, MODEL_SIZES[values], strict=True):
             setattr(namespace, name, value)
@@ -81,11 +79,21 @@ class _Unset(argparse.Action):
     def __call__(
         self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
     ) -> None:
-        name = str(values).removeprefix("--").replace("-", "_")
-        if name not in FIELDS:
-            raise argparse.ArgumentError(self, f"there is no setting {values}")
-        if hasattr(namespace, name):
-            delattr(namespace, name)
+        if hasattr(namespace, values):
+            delattr(namespace, values)
+
+
+def _preset(text: str) -> str:
+    if text not in MODEL_SIZES:
+        raise argparse.ArgumentTypeError(f"expected one of {', '.join(MODEL_SIZES)}, found {text!r}")
+    return text
+
+
+def _setting(text: str) -> str:
+    name = text.removeprefix("--").replace("-", "_")
+    if name not in FIELDS:
+        raise argparse.ArgumentTypeError(f"there is no setting {text}")
+    return name
 
 
 def _flag(name: str) -> str:
@@ -100,7 +108,7 @@ def _add_field(group: argparse._ArgumentGroup, name: str, hint: Any, default: ob
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         hint = next(a for a in typing.get_args(hint) if a is not type(None))
     if name == "model_size":
-        group.add_argument(*flags, action=_Preset, metavar="{" + ",".join(MODEL_SIZES) + "}", **shown)
+        group.add_argument(*flags, action=_Preset, type=_preset, metavar="{" + ",".join(MODEL_SIZES) + "}", **shown)
     elif hint is bool:
         group.add_argument(*flags, action=argparse.BooleanOptionalAction, **shown)
     elif typing.get_origin(hint) is Literal:
@@ -140,7 +148,7 @@ def build_parser(description: str | None = None, own: Callable[[Parser], object]
         "read after the recipes and before the other flags; keys that are ignored are named",
     )  # fmt: skip
     files.add_argument(
-        "--unset", action=_Unset, metavar="FLAG", default=argparse.SUPPRESS,
+        "--unset", action=_Unset, type=_setting, metavar="FLAG", default=argparse.SUPPRESS,
         help="forget what a recipe or an earlier flag has set, as `flag: null` does in a recipe; may be repeated",
     )  # fmt: skip
     for section in SECTIONS.values():
@@ -273,12 +281,21 @@ def _parse(parser: Parser, argv: Sequence[str]) -> tuple[Config, argparse.Namesp
 
 
 def config_from(given: dict[str, Any]) -> Config:
-    """A Config from the settings given, by field name; everything else keeps its default."""
-    sections = {}
+    """A Config from the settings given, by field name; everything else keeps its default.
+
+    Raises:
+        UserError: naming the first fault of each section, or else the first across them.
+    """
+    sections, faults = {}, []
     for name, section in SECTIONS.items():
         names = [f.name for f in dataclasses.fields(section)]
         values = {n: tuple(given[n]) if isinstance(given[n], list) else given[n] for n in names if n in given}
-        sections[name] = section(**values)
+        try:
+            sections[name] = section(**values)
+        except UserError as error:
+            faults.append(str(error))
+    if faults:
+        raise UserError("; ".join(faults))
     return Config(**sections)
 
 

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from megatron.counts import parse_count
 from megatron.errors import CommandLineError, note
 
-_NEGATIVE = re.compile(r"-[0-9.][0-9.,_eE+-]*[KMBGT]?$")
+_NEGATIVE = re.compile(r"-([0-9.][0-9.,_eE+-]*[KMBGT]?|inf|infinity|nan)$", re.IGNORECASE)
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -45,22 +45,32 @@ def with_default(text: str, default: object) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose faults are CommandLineErrors, with a suggestion for each misspelt flag."""
+    """An ArgumentParser whose faults are CommandLineErrors that name all that is wrong, with a suggestion for each
+    misspelt flag."""
 
     def __init__(self, prog: str | None = None, description: str | None = None, **settings: Any) -> None:
         """As ArgumentParser; a description is printed line by line."""
         super().__init__(
             prog=prog, description=description, **{"allow_abbrev": False, "formatter_class": _Help, **settings}
         )
-        self._negative_number_matcher = _NEGATIVE  # argparse's own takes -1e-4 and -3K for flags
+        self._negative_number_matcher = _NEGATIVE  # argparse's own takes -1e-4, -3K and -inf for flags
+        self._faults: list[str] = []
+        self._see_help, self._misspelt = True, False
         self.advice: Callable[[str], str | None] = lambda flag: None
         """What to do instead of a flag that is gone; None for one that never was."""
         self.idle: dict[str, list[str]] = {}
         """Why flags do nothing -> those given. Actions add them; they are said together, a line a reason."""
 
     def error(self, message: str) -> NoReturn:
-        """Turn argparse's own complaint into ours."""
-        raise CommandLineError(f"{message}; see --help")
+        """Turn argparse's own complaint into ours; what it misses may only be misspelt."""
+        if not self._misspelt:
+            self._faults.append(message)
+        raise self._told()
+
+    def fault(self, text: str) -> None:
+        """Note a fault that says itself what to do: it is told together with all others."""
+        self._faults.append(text)
+        self._see_help = False
 
     def parse_args(  # type: ignore[override] # of two overloads one will do
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
@@ -68,37 +78,59 @@ class Parser(argparse.ArgumentParser):
         """Parse the command line, or `args`, into a namespace.
 
         Raises:
-            CommandLineError: naming all flags that are unknown, with a suggestion for each, or the first other fault.
+            CommandLineError: naming all flags that are unknown, with a suggestion for each, and all wrong values; or
+                the first other fault.
         """
         words = sys.argv[1:] if args is None else list(args)
-        self._check_flags(words)  # before a flag is missed that was only misspelt
-        parsed, rest = self.parse_known_args(words, namespace or argparse.Namespace())
-        if rest:
-            raise CommandLineError(f"unexpected argument {rest[0]!r}; flags start with --, see --help")
+        self._misspelt = self._check_flags(words)
+        parsed, rest = super().parse_known_args(words, namespace or argparse.Namespace())
+        if rest and not self._misspelt:
+            self.fault(f"unexpected argument {rest[0]!r}; flags start with --, see --help")
+        if self._faults:
+            raise self._told()
         for why, idle in self.idle.items():
             one = len(idle) == 1
             note(f"{idle[0]} does nothing here: {why}" if one else f"these do nothing here: {', '.join(idle)} ({why})")
         self.idle.clear()
         return parsed
 
-    def _check_flags(self, words: list[str]) -> None:
+    def parse_known_args(  # type: ignore[override] # as above
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """As ArgumentParser. Raises CommandLineError that names all wrong values."""
+        found = super().parse_known_args(args, namespace)
+        if self._faults:
+            raise self._told()
+        return found
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        try:
+            return super()._get_values(action, arg_strings)
+        except argparse.ArgumentError as error:
+            self._faults.append(str(error))
+            return argparse.SUPPRESS  # goes nowhere
+
+    def _told(self) -> CommandLineError:
+        text = "; ".join(self._faults) + "; see --help" * self._see_help
+        self._faults, self._see_help, self._misspelt = [], True, False
+        return CommandLineError(text)
+
+    def _check_flags(self, words: list[str]) -> bool:
+        """Note the flags that are unknown; whether there are any."""
         if {"-h", "--help"} & set(words):
-            return
+            return False
         flags = [word.partition("=")[0] for word in takewhile("--".__ne__, words) if word.startswith("--")]
         unknown = dict.fromkeys(f for f in flags if " " not in f and f not in self._option_string_actions)
         gone: dict[str, list[str]] = {}
         for flag in unknown:
             if advice := self.advice(flag):
                 gone.setdefault(advice, []).append(flag)
-        said = [
-            f"{same[0]} is not a flag here: {advice}"
-            if len(same) == 1
-            else f"{', '.join(same)} are not flags here: {advice}"
-            for advice, same in gone.items()
-        ]
-        said += [self._unknown(flag) for flag in unknown if not self.advice(flag)]
-        if said:
-            raise CommandLineError("; ".join(said) + ("" if gone else "; see --help"))
+        for advice, same in gone.items():
+            named = ", ".join(same)
+            one = f"{named} is not a flag here: {advice}"
+            self.fault(one if len(same) == 1 else f"{named} are not flags here: {advice}")
+        self._faults += [self._unknown(flag) for flag in unknown if not self.advice(flag)]
+        return bool(unknown)
 
     def _unknown(self, flag: str) -> str:
         """What to say of a flag that never was."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 from typing import Any, NamedTuple
 
-from megatron.errors import UserError
 from megatron.flags import Parser
 
 ALIASES: dict[str, list[str]] = {
@@ -84,7 +83,7 @@ IGNORED: list[Row] = [
     Row("--optimizer", "AdamW is the optimizer", 1, "adam adamw", "AdamW is the only optimizer here"),
     Row("--cpu_torch_adam --use-torch-optimizer-for-cpu-offload", "torch's AdamW steps on either device"),
     Row("--weight-decay-incr-style", "weight decay is constant", 1, "constant", SCHEDULED_DECAY),
-    Row("--lr-warmup-init", "the warmup starts from 0", 1, "0 0.0", "the warmup starts from 0"),
+    Row("--lr-warmup-init", "the warmup starts from 0", 1, "0", "the warmup starts from 0: leave it out"),
     Row("--lr-wsd-decay-style", "the decay of wsd is linear", 1, "linear", "the decay of wsd is linear"),
     Row("--override-lr-scheduler --use-checkpoint-lr-scheduler --override-opt_param-scheduler "
         "--override-opt-param-scheduler --use-checkpoint-opt_param-scheduler --use-checkpoint-opt-param-scheduler",
@@ -285,11 +284,20 @@ class _Ignore(argparse.Action):
         self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
     ) -> None:
         given, row = " ".join(values), self._row
-        if row.values and given not in row.values.split():
-            raise UserError(f"{option_string} {given} is not offered here: {row.instead}")
+        if row.values and not any(_same(given, value) for value in row.values.split()):
+            parser.fault(f"{option_string} {given} is not offered here: {row.instead}")
+            return
         flags = parser.idle.setdefault(row.why, [])
         if option_string not in flags:
             flags.append(option_string)
+
+
+def _same(given: str, value: str) -> bool:
+    """Whether two values are the same text or number, as 0, 0.0 and 0e0 are."""
+    try:
+        return float(given) == float(value)
+    except ValueError:
+        return given == value
 
 
 HIDDEN: dict[str, Any] = {"help": argparse.SUPPRESS, "default": argparse.SUPPRESS}

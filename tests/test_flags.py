@@ -84,9 +84,63 @@ def test_what_is_no_flag(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("words", "message"), [
+    ("--lr abc --train-iters x --zero-stage=two --bf16",
+     "argument --lr: expected a number, found 'abc'; "
+     "argument --train-iters: expected a whole number such as 3000, 300K or 157e9, found 'x'; "
+     "argument --zero-stage: expected a whole number such as 3000, 300K or 157e9, found 'two'; see --help"),
+    ("--lr abc --lrr 1", "unknown flag --lrr (did you mean --lr?); argument --lr: expected a number, found 'abc'; "
+     "see --help"),
+    ("--mock-data --lr abc", "--mock-data is not a flag here: make a small corpus: bash scripts/prepare_corpus.sh "
+     "DIRECTORY; argument --lr: expected a number, found 'abc'"),
+    ("--lr abc --optimizer sgd --train-iters", "argument --lr: expected a number, found 'abc'; --optimizer sgd is not "
+     "offered here: AdamW is the only optimizer here; argument --train-iters: expected one argument"),
+    ("on --model-size 2B --unset x", "argument --model-size: expected one of 117M, 345M, 774M, 1.5B, gpt3-125M, found "
+     "'2B'; argument --unset: there is no setting x; unexpected argument 'on'; flags start with --, see --help"),
+    ("--train-iters 0 --hidden-size 100 --adam-eps 0 --override x",
+     "--hidden-size 100 must be a multiple of --num-attention-heads 12; --train-iters 0 must be at least 1; "
+     "--adam-eps 0.0 must be positive"),
+])  # fmt: skip
+def test_all_that_is_wrong_is_told_at_once(words: str, message: str) -> None:
+    with pytest.raises(CommandLineError) as caught:
+        parse_config(build_parser(), words.split())
+    assert str(caught.value) == message
+
+
+def test_a_parser_forgets_what_it_told() -> None:
+    parser = build_parser()
+    for _ in range(2):
+        with pytest.raises(CommandLineError, match=r"^unknown flag --lrr .did you mean --lr.*; see --help$"):
+            parser.parse_args(["--lrr", "1"])
+        with pytest.raises(CommandLineError, match=r"^argument --lr: expected a number, found 'x'; see --help$"):
+            parser.parse_known_args(["--lr", "x", "--lrr"])
+    assert parser.parse_args(["--lr", "1"]).lr == 1
+
+
+def test_what_is_missed_is_told_beside_wrong_values_and_not_beside_misspelt_flags(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    message = refused("tools.train_tokenizer", ["--vocab-size", "x"], monkeypatch)
+    assert message.startswith("argument --vocab-size: expected a whole number ")
+    assert message.endswith("; the following arguments are required: --input, --output; see --help")
+    message = refused("tools.train_tokenizer", ["--inputt", "x"], monkeypatch)
+    assert message == "unknown flag --inputt (did you mean --input?); see --help"
+
+
+def test_all_wrong_values_of_a_recipe_are_named_with_it(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("lr: x\ntrain-iters: y\n")
+    with pytest.raises(
+        CommandLineError, match=r"^--config .*r\.yaml: argument --lr: .*; argument --train-iters: [^;]*; "
+    ):
+        parse_config(build_parser(), ["--config", str(recipe), "--min-lr", "z"])
+
+
+@pytest.mark.parametrize(("words", "message"), [
     ("--lr -1e-4", "--lr -0.0001 must not be negative"),
     ("--train-iters -3K", "--train-iters -3000 must be at least 1"),
     ("--lr -.5", "--lr -0.5 must not be negative"),
+    ("--lr -inf", "argument --lr: expected a number, found '-inf'"),
+    ("--lr -NaN", "argument --lr: expected a number, found '-NaN'"),
 ])  # fmt: skip
 def test_a_negative_number_is_no_flag(words: str, message: str) -> None:
     with pytest.raises(UserError, match=message):

@@ -147,6 +147,7 @@ def test_flags_that_are_gone_for_one_reason_share_a_clause() -> None:
         ("--pipeline-model-parallel-size 4", "is not offered here: there are no pipelines"),
         ("--data-impl lazy", "is not offered here: only mmap's .bin and .idx are read: preprocess the text again"),
         ("--remote-device cpu", "is not offered here: use --optimizer-cpu-offload"),
+        ("--lr-warmup-init 1e-6", "is not offered here: the warmup starts from 0: leave it out"),
         ("--optimizer sgd", "is not offered here: AdamW is the only optimizer"),
         ("--position-embedding-type rope", "is not offered here: only plain GPT-2"),
     ],
@@ -155,6 +156,11 @@ def test_a_value_that_would_change_the_run_is_refused(words: str, message: str) 
     with pytest.raises(UserError) as caught:
         parse(*words.split())
     assert str(caught.value).startswith(f"{words} {message}")
+
+
+@pytest.mark.parametrize("text", ["0", "0e0", "-0.", "1", "1.0"])
+def test_a_number_that_changes_nothing_may_be_written_in_any_way(text: str) -> None:
+    parse("--lr-warmup-init" if float(text) == 0 else "--num-experts", text)
 
 
 def test_wandb_exp_name_and_recomputation_have_their_meaning() -> None:
