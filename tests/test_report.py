@@ -181,7 +181,7 @@ def test_groups_by_pattern(tmp_path: Path) -> None:
 def test_a_run_without_steps_stands_in_every_table(tmp_path: Path) -> None:
     runs = planted(tmp_path, {"new": [], "slw": [4.0, 3.0]})
     tables = tables_of(runs)
-    assert row(tables, "Runs", "new")[:2] == ["running; no step yet", "0"]
+    assert row(tables, "Runs", "new")[:2] == ["starting", "0"]
     for title in ("Training instability", "Loss ratio against"):
         assert set(row(tables, title, "new")) == {"-"}
     assert row(tables, "Tokens and time", f"{math.exp(4.0):.2f} (best of slw)", "new") == ["did not reach"] * 3

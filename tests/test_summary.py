@@ -19,6 +19,7 @@ from megatron.instability.groups import group_runs
 from megatron.instability.report import comparison_table, verdict
 from megatron.instability.summary import RatioSummary, RunState, read_run, read_runs, summarise
 from megatron.instability.tables import state_text
+from megatron.instability.watching import WatchedRun
 from megatron.metrics import MetricsLogger
 
 ROOT = Path(summary.__file__).parent.parent.parent
@@ -98,7 +99,7 @@ def test_a_run_without_a_step_is_summed_up(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("")
     s = summarise(read_run(tmp_path))
     assert (s.steps, s.tokens, s.seconds, s.validation_loss, s.loss_ratio.max) == (0, 0, None, None, None)
-    assert "no step yet" in comparison_table([s])
+    assert comparison_table([s]).splitlines()[2].split() == ["state", "starting"]
 
 
 def test_state_of_a_run(tmp_path: Path) -> None:
@@ -238,4 +239,19 @@ def test_a_run_that_is_starting_has_no_log_yet(tmp_path: Path) -> None:
         read_run(tmp_path)
     (tmp_path / "owner.json").write_text("{}")
     run = read_run(tmp_path)
-    assert (run.step_count, run.state.status, run.name) == (0, "running", tmp_path.name)
+    assert (run.step_count, run.state.status, run.name) == (0, "starting", tmp_path.name)
+
+
+def test_a_run_that_ended_before_its_first_step_has_died_and_is_watched_as_such(tmp_path: Path) -> None:
+    (tmp_path / "owner.json").write_text("")  # as a fault or an interrupt leaves it
+    for there in (False, True):
+        assert (tmp_path / "metrics.jsonl").exists() == there
+        state = read_run(tmp_path).state
+        assert state == RunState("died", "it ended by a fault or an interrupt; its output says which")
+        assert WatchedRun(tmp_path).state == (state.status, state.reason)
+        assert comparison_table([summarise(read_run(tmp_path))]).splitlines()[2].split() == ["state", "died"]
+        (tmp_path / "metrics.jsonl").write_text("")
+    (tmp_path / "owner.json").write_text("{}")
+    assert read_run(tmp_path).state.status == WatchedRun(tmp_path).state.word == "starting"
+    os.utime(tmp_path / "metrics.jsonl", (0, 0))
+    assert state_text(read_run(tmp_path).state).startswith("starting or died: log silent for")

@@ -21,7 +21,7 @@ TIME_CAUTION = (
 )
 
 ROWS: tuple[tuple[str, Callable[[RunSummary], str]], ...] = (
-    ("state", lambda s: s.state.status if s.steps else "no step yet"),
+    ("state", lambda s: s.state.status),
     ("steps", lambda s: f"{s.steps:,}"),
     ("tokens", lambda s: format_count(s.tokens)),
     ("wall time", lambda s: duration(s.elapsed)),

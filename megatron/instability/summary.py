@@ -34,13 +34,13 @@ ENDS = ("finished", "stopped", "diverged")
 class RunState:
     """Whether a run goes on."""
 
-    status: Literal["finished", "stopped", "diverged", "died", "running"]
+    status: Literal["finished", "stopped", "diverged", "died", "running", "starting"]
     """Diverged: a loss or gradient that was not finite ended it. Died: it has ended otherwise. Running: it goes on, or
-    has died where that cannot be seen from here; `silent` tells which is likely."""
+    has died where that cannot be seen from here; `silent` tells which is likely. Starting: so, without a step yet."""
     reason: str | None = None
     """Why it was stopped, or how it diverged or died."""
     silent: float | None = None
-    """Seconds since a running one last wrote to its log."""
+    """Seconds since a running or starting one last wrote to its log."""
 
 
 @dataclass(frozen=True)
@@ -113,13 +113,13 @@ def read_run(directory: Path | str, *, name: str | None = None) -> Run:
     if path.is_dir() or path.suffix != ".jsonl":
         path = path / METRICS_FILE
     if not path.is_file():
-        if not any((path.parent / name).is_file() for name in (OWNER_FILE, "config.yaml")):
+        if not has_begun(path.parent):
             within = [str(log.parent) for log in sorted(path.parent.glob(f"*/{METRICS_FILE}"))]
             if within:
                 several = f"{len(within)} runs" if len(within) > 1 else "a run"
                 raise UserError(f"{path.parent} holds {several}, and is none itself: give {' '.join(within)}")
             raise UserError(f"{path}: no such file; expected the --save directory of a run")
-        return Run(name or path.resolve().parent.name, {}, {}, path, state=RunState("running"))  # it is starting
+        return Run(name or path.resolve().parent.name, {}, {}, path, state=read_state(path, stepped=False))
     steps: list[dict[str, Any]] = []
     validations: list[dict[str, Any]] = []
     tests: list[dict[str, Any]] = []
@@ -137,7 +137,7 @@ def read_run(directory: Path | str, *, name: str | None = None) -> Run:
         _columns(path, validations),
         path,
         _columns(path, tests),
-        read_state(path),
+        read_state(path, stepped=bool(steps)),
         read_results(path.with_name(RESULTS_FILE)),
     )
 
@@ -370,16 +370,22 @@ def _wall_time(run: Run) -> float | None:
     return max(times) if times else None
 
 
-def read_state(log: Path) -> RunState:
+def has_begun(directory: Path) -> bool:
+    """Whether a run has begun in `directory`: it may have no log yet."""
+    return any((directory / name).is_file() for name in (OWNER_FILE, "config.yaml"))
+
+
+def read_state(log: Path, *, stepped: bool) -> RunState:
     """What exit.json beside the log `log` says of the run; without one it has not ended in order, and owner.json may
-    tell whether it has ended."""
+    tell whether it has ended. `stepped`: there is a step in the log."""
     died = how_ended(log.parent)  # looked at first: who ends in order signs off after exit.json is written
     path = log.with_name(EXIT_FILE)
     with file_errors("read", path):
         if not path.exists():
             if died:
                 return RunState("died", died)
-            return RunState("running", silent=max(0.0, time.time() - log.stat().st_mtime))
+            silent = max(0.0, time.time() - log.stat().st_mtime) if log.exists() else None
+            return RunState("running" if stepped else "starting", silent=silent)
         content = path.read_bytes()
     try:
         entry = json.loads(content)

@@ -86,7 +86,7 @@ def runs_table(summaries: Sequence[RunSummary]) -> Table:
             Row(
                 (
                     s.name,
-                    state_text(s.state) if s.steps else f"{state_text(s.state)}; no step yet",
+                    state_text(s.state),
                     f"{s.steps:,}",
                     format_count(s.tokens),
                     _tokens_a_step(s),
@@ -328,7 +328,7 @@ def state_text(state: RunState) -> str:
     if state.status in ("stopped", "died") and state.reason:
         return f"{state.status} ({state.reason})"
     if state.silent is not None and state.silent > SILENT_SECONDS:
-        return f"running or died: log silent for {format_duration(state.silent)}"
+        return f"{state.status} or died: log silent for {format_duration(state.silent)}"
     return state.status
 
 

@@ -16,7 +16,7 @@ from megatron.config import Config
 from megatron.console import ProgressLine
 from megatron.errors import UserError
 from megatron.files import file_errors
-from megatron.instability.summary import RunState, read_state
+from megatron.instability.summary import has_begun, read_state
 from megatron.metrics import METRICS_FILE, parse_line
 from megatron.pacing.plan import target_tokens
 
@@ -123,8 +123,8 @@ class State(NamedTuple):
     word: Literal[
         "waiting", "starting", "reading", "running", "silent", "finished", "stopped", "diverged", "died", "unreadable"
     ]
-    """Waiting: there is no log. Starting: no step in it. Reading: more of it is there than was read. Silent: it goes on
-    or has died, and was last written a while ago."""
+    """Waiting: there is no run. Starting: it has no step yet. Reading: more of it is there than was read. Silent: it
+    goes on or has died, and was last written a while ago."""
     detail: str | None = None
 
 
@@ -192,18 +192,16 @@ class WatchedRun:
             return State("unreadable", self._fault)
         if self._tail.behind:
             return State("reading")
-        if not self._tail.path.exists():
+        if not self._tail.path.exists() and not has_begun(self._tail.path.parent):
             missing = "" if self._tail.path.parent.is_dir() else " (no such directory yet)"
             return State("waiting", f"for {self._tail.path}{missing}")
         try:
-            found: RunState = read_state(self._tail.path)
+            found = read_state(self._tail.path, stepped=self.step is not None)
         except UserError as error:
             return State("unreadable", str(error))
-        if found.status != "running":
-            return State(found.status, found.reason)
         if found.silent is not None and found.silent >= SILENT_SECONDS:
             return State("silent", f"last written {_ago(found.silent)} ago")
-        return State("running" if self.step else "starting")
+        return State(found.status, found.reason)
 
     @property
     def share(self) -> float | None:
