@@ -17,15 +17,13 @@ from megatron.checkpointing.checkpoint import save_checkpoint
 from megatron.checkpointing.huggingface import read_huggingface
 from megatron.checkpointing.huggingface_export import export_huggingface
 from megatron.checkpointing.weights import NO_FLAGS, Vocabulary, find_weights, named_vocabulary, save_weights, sized
-from megatron.config import Config, DataConfig, SeqlenWarmupConfig, TokenizerConfig, TrainingConfig
+from megatron.config import Config, DataConfig, TokenizerConfig
 from megatron.data.indexed_writer import IndexedDatasetWriter
 from megatron.data.vocabulary import find_vocabulary
 from megatron.distributed.world import World
 from megatron.errors import UserError
 from megatron.evaluation.loading import load_model
-from megatron.progress import Progress
 from megatron.tokenizer.training import TrainedTokenizer, train_bpe
-from megatron.training.description import repetition, warnings
 from megatron.training.home import require_state
 
 
@@ -299,31 +297,6 @@ def test_weights_alone_start_a_run_only_where_that_is_asked_for(tmp_path: Path) 
     with pytest.raises(UserError, match=r"--load .*: holds weights only; give --finetune to start a run from them"):
         require_state(checkpoint, {"settings", "progress", "rng"}, World())
     assert path.exists()
-
-
-def test_a_run_that_names_no_tokenizer_is_told() -> None:
-    told = "no tokenizer's files are named"
-    assert any(told in note for note in warnings(Config(), Progress()))
-    named = Config(tokenizer=TokenizerConfig(vocab_file="v", merge_file="m"))
-    assert not any(told in note for note in warnings(named, Progress()))
-
-
-def test_a_resume_with_another_curve_under_the_same_name_is_told() -> None:
-    """Ten steps of 64, 160, .. 928, 1024: their tokens by hand."""
-    pacing = SeqlenWarmupConfig(seqlen_warmup="linear", seqlen_start=64, seqlen_warmup_iters=10)
-    config = Config(training=TrainingConfig(train_iters=20, global_batch_size=2), seqlen_warmup=pacing)
-    tokens = 2 * sum(64 + 96 * t for t in range(1, 6))
-    told = [warnings(config, Progress(5, samples, found))[-1] for samples, found in ((10, tokens + 16), (10, tokens))]
-    assert f"had {tokens + 16:,} tokens by step 5 and would have had {tokens:,}" in told[0]
-    assert "would have had" not in told[1]
-    skipped = warnings(config, Progress(5, 12, tokens + 16))
-    assert not any("would have had" in note for note in skipped)
-
-
-def test_a_run_that_reads_its_corpus_again_and_again_says_so():
-    assert repetition(1_999, 1_000) == repetition(None, 1_000) == []
-    (note,) = repetition(2_000_000, 32_000)
-    assert note.startswith("2.00M tokens are 62 passes over the 32.0K of this corpus: watch the validation loss")
 
 
 def test_an_export_into_the_directory_that_one_is_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,14 +85,14 @@ class PlannedRun:
         return 1 - self.progress.consumed_tokens / self.full_length_tokens if self.full_length_tokens else 0.0
 
 
-def walk(config: Config, at: int | None = None) -> Iterator[tuple[Progress, StepPlan]]:
-    """Every step of a run in turn: the progress before it (one record that changes) and what it uses.
+def walk(config: Config, at: int | None = None, start: Progress | None = None) -> Iterator[tuple[Progress, StepPlan]]:
+    """Every step of a run in turn, from `start` on: the progress before it (one record that changes) and what it uses.
 
-    Ends where the run does, or after `at` steps; the record then holds the final progress. Adaptive pacing is taken to
+    Ends where the run does, or at `at` steps; the record then holds the final progress. Adaptive pacing is taken to
     lengthen after every validation, the fastest that it can.
     """
     schedules = Schedules(config)
-    progress = Progress()
+    progress = Progress() if start is None else replace(start)
     adaptive = config.evaluation.interval() if config.seqlen_warmup.seqlen_warmup == "adaptive" else None
     while not schedules.finished(progress) and (at is None or progress.iteration < at):
         step = schedules.plan(progress)
@@ -123,6 +123,31 @@ def plan_run(config: Config, at: int | None = None) -> PlannedRun:
         token_seqlen_sum=token_seqlen_sum,
         full_length_tokens=progress.consumed_samples * seq_length,
     )
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """A run as seen from one of its steps."""
+
+    scheduled: Progress
+    """Where the schedules lead by that step: elsewhere than the run is, if its settings were others until now."""
+    end: Progress
+    """The end of the run, from where it is."""
+    full_length_iteration: int | None
+    """First step (1-based) at full length, behind or ahead; None if it is never reached."""
+
+
+def look_ahead(config: Config, progress: Progress) -> Outlook:
+    """Walk to where the run is, and from there to its end: no more steps than the run has."""
+    full_length_iteration = None
+    ends = []
+    for start, at in ((Progress(), progress.iteration), (progress, None)):
+        end = start
+        for end, step in walk(config, at, start):
+            if full_length_iteration is None and step.seqlen == config.model.seq_length:
+                full_length_iteration = end.iteration + 1
+        ends.append(end)
+    return Outlook(ends[0], ends[1], full_length_iteration)
 
 
 def reaches_full_length(config: Config) -> bool:

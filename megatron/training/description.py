@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from typing import get_args
 
-from megatron.config import Config
+from megatron.config import Config, TrainingConfig
 from megatron.console import format_count
 from megatron.data.datasets import Datasets
 from megatron.distributed.world import World
 from megatron.growth import Growth
 from megatron.model.flops import parameter_count
-from megatron.pacing.plan import plan_run, target_tokens
-from megatron.progress import Progress
+from megatron.pacing.plan import Outlook, look_ahead
+from megatron.progress import Duration, Progress
 from megatron.training.home import layout_name
 
 
-def warnings(config: Config, progress: Progress) -> list[str]:
-    """What a user may not have meant."""
+def warnings(config: Config, progress: Progress, outlook: Outlook) -> list[str]:
+    """What a user may not have meant; `outlook` is that from `progress`."""
     notes = []
     if config.checkpoint.save is None:
         notes.append("no --save DIR: nothing of this run will be kept")
@@ -26,10 +26,10 @@ def warnings(config: Config, progress: Progress) -> list[str]:
             "no tokenizer's files are named: give --vocab-file and --merge-file, or --tokenizer-file, for tools that "
             "evaluate or export the run to find"
         )
-    if plan_run(config).full_length_iteration is None:
+    if outlook.full_length_iteration is None:
         notes.append(f"the run ends before its sequence length reaches --seq-length {config.model.seq_length}")
     if config.seqlen_warmup.seqlen_warmup in get_args(Growth):
-        planned = plan_run(config, at=progress.iteration).progress
+        planned = outlook.scheduled
         same_samples = progress.consumed_samples == planned.consumed_samples  # else some were skipped
         if same_samples and progress.consumed_tokens != planned.consumed_tokens:
             notes.append(
@@ -51,20 +51,26 @@ def repetition(trained: int | None, corpus: int) -> list[str]:
 
 def describe(config: Config, datasets: Datasets, vocab_size: int, world: World, progress: Progress) -> str:
     """What is about to happen, in a few lines."""
-    repeated = repetition(target_tokens(config), datasets.num_tokens[0])
+    outlook = look_ahead(config, progress)
+    repeated = repetition(outlook.end.consumed_tokens, datasets.num_tokens[0])
     parameters = parameter_count(config.model, vocab_size)
+    padded = config.model.padded_vocab_size(vocab_size)
+    padding = f" (padded to {padded:,})" if padded != vocab_size else ""
     per_epoch = datasets.train.num_samples_per_epoch
     ranks = str(world.device.type)
     if world.size > 1:
         ranks = f"{world.size} x {ranks} ({layout_name(config, world)})"
     lines = [
         f"model      {config.model.num_layers} layers, hidden {config.model.hidden_size}, "
-        f"{config.model.num_attention_heads} heads, {format_count(parameters)} parameters, vocabulary {vocab_size:,}",
+        f"{config.model.num_attention_heads} heads, {format_count(parameters)} parameters, "
+        f"vocabulary {vocab_size:,}{padding}",
         f"data       {datasets.num_tokens[0]:,} training tokens, {per_epoch:,} samples an epoch",
         f"length     {config.model.seq_length}, sequence length warmup: {seqlen_pacing(config)}",
+        f"rate       {learning_rate(config)}",
         f"batch      {config.training.global_batch_size} sequences a step{batch_size_pacing(config)}, on {ranks}, "
-        f"from step {progress.iteration + 1:,}",
-        *(f"note       {note}" for note in [*datasets.notes, *warnings(config, progress), *repeated]),
+        f"{precision(config.training)}, from step {progress.iteration + 1:,}",
+        f"until      {end(config, progress, outlook)}",
+        *(f"note       {note}" for note in [*datasets.notes, *warnings(config, progress, outlook), *repeated]),
     ]
     return "\n".join(lines)
 
@@ -91,3 +97,51 @@ def batch_size_pacing(config: Config) -> str:
         duration = warmup.duration()
         return f" (from {warmup.batch_size_start} over {duration.value:,} {duration.unit})"
     return f" ({warmup.batch_size_stages})" if warmup.batch_size_warmup == "stages" else ""
+
+
+def learning_rate(config: Config) -> str:
+    """Peak, decay and warmup of the learning rate in words."""
+    rate = config.learning_rate
+    words, over = f"{_short(rate.lr)} {rate.lr_decay_style}", _span(rate.decay(config.training))
+    if rate.lr_decay_style == "wsd":
+        over = f"the last {100 * rate.lr_wsd_fraction:g}% of {over}"
+    if rate.lr_decay_style != "constant":
+        words += f" to {_short(rate.min_lr)} over {over}"
+    warmup = rate.warmup(config.training)
+    return f"{words}, warmup {_span(warmup)}" if warmup.value else f"{words}, no warmup"
+
+
+def precision(training: TrainingConfig) -> str:
+    """In what the forward and backward passes compute."""
+    if training.fp16:
+        return f"fp16 (loss scale {training.loss_scale or 'dynamic'})"
+    return "bf16 (autocast)" if training.bf16 else "fp32"
+
+
+def end(config: Config, progress: Progress, outlook: Outlook) -> str:
+    """Where the run ends and is at full length, as far as that is known, and what stops it before."""
+    last, full, training = outlook.end, outlook.full_length_iteration, config.training
+    words = f"step {last.iteration:,} ({format_count(last.consumed_tokens)} tokens)"
+    if last.iteration == progress.iteration:
+        return f"{words}, which is reached"
+    if config.seqlen_warmup.seqlen_warmup == "adaptive":
+        words += " if every validation lengthens, else more steps or fewer tokens"
+    elif full is not None and full > 1:
+        again = " for the first time" if config.seqlen_warmup.seqlen_warmup == "mixed" else ""
+        words += f", full length from step {full:,}{again}"
+    interval, minutes = training.exit_interval, training.exit_duration_in_mins
+    if interval and (stop := (progress.iteration // interval + 1) * interval) < last.iteration:
+        words += f"; stops at step {stop:,} (--exit-interval {interval})"
+    return words if minutes is None else f"{words}; stops after {minutes:g} minutes (--exit-duration-in-mins)"
+
+
+def _span(duration: Duration) -> str:
+    if duration.unit == "tokens":
+        return f"{format_count(duration.value)} tokens"
+    return f"{duration.value:,} {'steps' if duration.unit == 'iters' else duration.unit}"
+
+
+def _short(rate: float) -> str:
+    """As one would write it: 6e-4."""
+    digits, _, power = f"{rate:.5e}".partition("e")
+    return f"{float(digits):g}e{int(power)}" if rate else "0"
