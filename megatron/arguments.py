@@ -13,7 +13,7 @@ import inspect
 import re
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -175,10 +175,13 @@ class _RecipeLoader(yaml.BaseLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_recipe(path: Path, within: tuple[Path, ...] = ()) -> list[tuple[Path, list[str]]]:
+def read_recipe(
+    path: Path, within: tuple[Path, ...] = (), unread: Callable[[str], bool] = lambda name: False
+) -> list[tuple[Path, list[str]]]:
     """The command lines that a recipe stands for, those of the recipes that it builds on first, each with its file.
 
-    A recipe names others under `config`, relative to itself; `within` are the recipes that led here.
+    A recipe names others under `config`, relative to itself; `within` are the recipes that led here. Settings that are
+    `unread` are passed over.
 
     Raises:
         UserError: naming the file, when it is missing, no YAML, not a flat list of flags, or builds on itself.
@@ -198,16 +201,19 @@ def read_recipe(path: Path, within: tuple[Path, ...] = ()) -> list[tuple[Path, l
         return []
     if not isinstance(content, dict):
         raise UserError(f"--config {path}: expected lines of `flag: value`, found a {type(content).__name__}")
+    within = (*within, path.resolve())
     lines: list[tuple[Path, list[str]]] = []
     own: list[str] = []
     for key, value in content.items():
+        if unread(str(key).replace("-", "_")):
+            continue
         values = value if isinstance(value, list) else [value]
         if not all(isinstance(v, str) for v in values):
             raise UserError(f"--config {path}: {key}: expected a value or a list of values, found something nested")
         if _flag(str(key)) in DEEPSPEED_FLAGS:
             raise UserError(f"--config {path}: {key}: a recipe cannot name one; give it on the command line")
         if key == "config":
-            lines += [line for name in values for line in read_recipe(path.parent / name, (*within, path.resolve()))]
+            lines += [line for name in values for line in read_recipe(path.parent / name, within, unread)]
         else:
             own += _recipe_entry(path, str(key), value)
     return [*lines, (path, own)]
@@ -248,9 +254,38 @@ def parse_config(parser: Parser, argv: Sequence[str]) -> tuple[Config, argparse.
         raise CommandLineError(str(error)) from None
 
 
-def read_config(path: Path) -> Config:
-    """The Config of a recipe, or of the config.yaml of a run. Raises CommandLineError that names `path`."""
-    return parse_config(build_parser(), ["--config", str(path)])[0]
+def read_config(path: Path, *sections: str) -> Config:
+    """The Config of a recipe, or of the config.yaml of a run.
+
+    Where `sections` are named, they alone are read, and the others keep their defaults: what the file says there may be
+    for another state of this program, with a pacing that is not known here.
+
+    Raises:
+        UserError: naming `path`.
+    """
+    read = {f.name for name in sections or SECTIONS for f in dataclasses.fields(SECTIONS[name])}
+    parser, given = build_parser(), argparse.Namespace()
+    _take_recipe(
+        parser,
+        given,
+        path,
+        lambda name: bool(sections) and name not in read and (name in FIELDS or name.startswith("seqlen_")),
+    )
+    try:
+        return config_from(vars(given), sections or SECTIONS)
+    except UserError as error:
+        raise UserError(f"--config {path}: {error}") from None
+
+
+def _take_recipe(
+    parser: Parser, given: argparse.Namespace, recipe: Path, unread: Callable[[str], bool] = lambda name: False
+) -> None:
+    """Add what `recipe` says to `given`."""
+    for path, words in read_recipe(recipe, unread=unread):
+        try:
+            parser.parse_args(words, given)
+        except UserError as error:
+            raise UserError(f"--config {path}: {error}") from None
 
 
 def _parse(parser: Parser, argv: Sequence[str]) -> tuple[Config, argparse.Namespace]:
@@ -260,11 +295,7 @@ def _parse(parser: Parser, argv: Sequence[str]) -> tuple[Config, argparse.Namesp
     files = first.parse_known_args(list(argv))[0]
     given = argparse.Namespace()
     for recipe in files.config:
-        for path, words in read_recipe(Path(recipe)):
-            try:
-                parser.parse_args(words, given)
-            except UserError as error:
-                raise UserError(f"--config {path}: {error}") from None
+        _take_recipe(parser, given, Path(recipe))
     if files.deepspeed_config is None:
         namespace = parser.parse_args(argv, given)
     else:
@@ -274,20 +305,21 @@ def _parse(parser: Parser, argv: Sequence[str]) -> tuple[Config, argparse.Namesp
             note(text)
         namespace = parser.parse_args(argv, given)
         deepspeed.check_seq_length(getattr(namespace, "seq_length", ModelConfig.seq_length))
-    if vars(namespace).get("zero_stage") == 1:
-        note("--zero-stage 1 is read as 2, which shares out gradients too")
-        namespace.zero_stage = 2
     return config_from(vars(namespace)), namespace
 
 
-def config_from(given: dict[str, Any]) -> Config:
-    """A Config from the settings given, by field name; everything else keeps its default.
+def config_from(given: dict[str, Any], read: Iterable[str] = SECTIONS) -> Config:
+    """A Config from the settings given, by field name, of the sections to `read`; everything else keeps its default.
 
     Raises:
         UserError: naming the first fault of each section, or else the first across them.
     """
+    if given.get("zero_stage") == 1:
+        note("--zero-stage 1 is read as 2, which shares out gradients too")
+        given = given | {"zero_stage": 2}
     sections, faults = {}, []
-    for name, section in SECTIONS.items():
+    for name in read:
+        section = SECTIONS[name]
         names = [f.name for f in dataclasses.fields(section)]
         values = {n: tuple(given[n]) if isinstance(given[n], list) else given[n] for n in names if n in given}
         try:

@@ -154,7 +154,7 @@ def test_a_log_that_cannot_tell_a_from_b(tmp_path: Path, lengths: list[int], fou
 
 def test_a_log_of_another_model(tmp_path: Path) -> None:
     run = write_log(tmp_path, WARMUP, times(WARMUP))
-    (tmp_path / "config.yaml").write_text(to_yaml(config()))
+    (tmp_path / "config.yaml").write_text(to_yaml(config()).replace("seqlen-warmup: none", "seqlen-warmup: cosine"))
     assert fit_step_cost([read_run(run)], config("--train-iters 5")).steps == 299
     with pytest.raises(UserError, match=r"expected .* 4 layers of 16, found 2 layers of 16 in .*config.yaml"):
         fit_step_cost([read_run(run)], config("--num-layers 4 --train-iters 5"))

@@ -50,8 +50,13 @@ def corpus(directory: Path, files: TokenizerConfig) -> str:
     return str(directory / "corpus")
 
 
-def save_run(home: Path, config: Config, fingerprint: str, *, vocabulary: int = 400, steps: int = 1) -> Path:
-    """A run with a checkpoint a step, each of other weights, as the trainer saves them."""
+def save_run(
+    home: Path, config: Config, fingerprint: str, *, vocabulary: int = 400, steps: int = 1, instead: str = ""
+) -> Path:
+    """A run with a checkpoint a step, each of other weights, as the trainer saves them; `instead` are lines for those
+    of the same settings in its config.yaml."""
+    changed = {line.split(":")[0] for line in instead.splitlines()}
+    lines = [line for line in to_yaml(config).splitlines() if line.split(":")[0] not in changed]
     for step in range(1, steps + 1):
         weights = random_weights(config.model, vocabulary, seed=step)
         save_checkpoint(
@@ -60,7 +65,7 @@ def save_run(home: Path, config: Config, fingerprint: str, *, vocabulary: int = 
             tensors={f"model.{name}": tensor for name, tensor in weights.tensors.items()}
             | {"optim.final_norm.bias.step": torch.tensor(1.0)},
             state={"settings": {"tokenizer": fingerprint}},
-            config_text=to_yaml(config),
+            config_text="\n".join([*lines, instead]) + "\n",
         )
     return home
 
@@ -76,6 +81,33 @@ def test_run_its_checkpoints_or_one_of_them(tmp_path: Path, files: TokenizerConf
     assert not loaded.model.training and loaded.model.device == torch.device("cpu")
     assert (loaded.config, loaded.vocab_size, loaded.model.vocab_size) == (SMALL, 400, 400)
     assert loaded.require_tokenizer().fingerprint == vocabulary_of(files).fingerprint
+
+
+@pytest.mark.parametrize(
+    "instead",
+    [
+        "seqlen-warmup: cosine\nseqlen-cosine-ends: [0.1, 0.9]",  # of a checkout with this pacing
+        "seqlen-start: 16",  # without a warmup, which trainers have taken
+        "global-batch-size: 0\nlr: fast\nsave: [nested, {a: b}]",
+    ],
+)
+def test_how_a_model_was_trained_is_not_asked(tmp_path: Path, files: TokenizerConfig, instead: str) -> None:
+    config = Config(model=SMALL, tokenizer=files)
+    run = save_run(tmp_path / "run", config, vocabulary_of(files).fingerprint, instead=instead)
+    loaded = load_model(run)
+    assert (loaded.config, loaded.vocab_size) == (SMALL, 400) and loaded.tokenizer is not None
+    with pytest.raises(UserError):
+        parse_config(build_parser(), ["--config", str(loaded.source / "config.yaml")])
+
+
+@pytest.mark.parametrize(("instead", "message"), [
+    ("rotary: true\nseqlen-warmup: cosine", "unknown flag --rotary"),
+    ("hidden-dropout: 2", "--hidden-dropout 2.0 must be in"),
+])  # fmt: skip
+def test_a_model_that_is_not_known_here_is_refused(tmp_path: Path, instead: str, message: str) -> None:
+    run = save_run(tmp_path / "run", Config(model=SMALL), "vocabulary of 400", instead=instead)
+    with pytest.raises(UserError, match=rf"^--config {run}/checkpoints/iter_0000001/config.yaml: {message}"):
+        load_model(run)
 
 
 def test_hugging_face_directory_with_its_own_tokenizer(tmp_path: Path, files: TokenizerConfig) -> None:

@@ -234,7 +234,7 @@ def test_a_log_that_begins_later_is_said_under_its_counts(
 def test_a_run_that_ended_before_its_full_length_is_said_beside_the_verdict(tmp_path: Path, status: str | None) -> None:
     for name, lengths in {"base": [64] * 4, "slw": [8, 24, 40, 40]}.items():
         home = write_losses(tmp_path / name, [4.0, 3.0, 3.0, 2.0], seqlen=lengths)
-        (home / "config.yaml").write_text("seq-length: 64\ntrain-tokens: 400\nlr: 1e-3\n")
+        (home / "config.yaml").write_text("seq-length: 64\ntrain-tokens: 400\nseqlen-warmup: not known here\n")
         if status is not None:
             (home / "exit.json").write_text(json.dumps({"status": status, "reason": None}))
     sentences = verdict(read_runs([str(tmp_path / "base"), str(tmp_path / "slw")])).splitlines()

@@ -83,10 +83,15 @@ def test_settings_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     broken = started(tmp_path / "broken", "quickstart/slw.yaml")
     (tmp_path / "broken" / "config.yaml").write_text("nonsense: 3\n")
     bare = str(write_losses(tmp_path / "bare", [2.0]))
-    found = setup(whole, broken, bare)
-    assert [row.cells[-1].endswith(" *") for row in found.table.rows] == [False, True, True]
-    first, second = found.table.footnotes
+    start = started(tmp_path / "start", "quickstart/slw.yaml")
+    (tmp_path / "start" / "config.yaml").write_text("train-iters: 1\nseqlen-start: 16\n")
+    found = setup(whole, broken, bare, start)
+    assert [row.cells[-1].endswith(" *") for row in found.table.rows] == [False, True, True, True]
+    first, second, third = found.table.footnotes
     assert first.startswith("* broken: its settings cannot be read: --config ") and "nonsense" in first
     assert second == "* bare: no config.yaml beside its log, so that its settings are not known"
+    assert third.startswith(
+        f"* start: its settings cannot be read: --config {start}/config.yaml: --seqlen-warmup none takes no --seqlen-st"
+    )
     assert dict(found.facts)["seed"] == "1234"
     assert setup(bare).facts == () and not setup(bare).table.note.startswith("No setting")

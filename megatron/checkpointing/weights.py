@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import megatron
-from megatron.arguments import build_parser, parse_config, yaml_value
+from megatron.arguments import read_config, yaml_value
 from megatron.checkpointing.checkpoint import CONFIG, Checkpoint, find_whole, save_checkpoint
 from megatron.checkpointing.commit import CHECKPOINTS, checkpoints_in
 from megatron.checkpointing.tensors import read_tensors
@@ -78,8 +78,7 @@ def read_run(path: Path, tokenizer: TokenizerConfig = NO_FLAGS) -> Weights:
             documents with another token than the run's data.
     """
     checkpoint = find_weights(path)
-    goal = [] if "progress" in checkpoint.state else ["--train-tokens", "1"]  # of weights alone the recipe has none
-    config, _ = parse_config(build_parser(), ["--config", str(checkpoint.path / CONFIG), *goal])
+    config = read_config(checkpoint.path / CONFIG, "model", "tokenizer", "data")
     tensors = read_named(checkpoint.path)
     noted = checkpoint.state.get("settings", {}).get("tokenizer")
     flags = flags_over(tokenizer, config.tokenizer)

@@ -105,7 +105,7 @@ def _length_sentence(run: Run) -> str:
     if longest is None or path is None or not path.is_file() or run.state.status == "running":
         return ""
     with suppress(UserError):  # the configuration of another version
-        full = read_config(path).model.seq_length
+        full = read_config(path, "model").model.seq_length
         if longest < full:
             return (
                 f"{run.name} ended at sequence length {longest:.0f}, before its warmup reached --seq-length {full}, at "

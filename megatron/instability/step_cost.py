@@ -97,7 +97,7 @@ def _check_model(run: Run, model: ModelConfig) -> None:
     path = run.path and run.path.with_name("config.yaml")
     if path is None or not path.is_file():
         return
-    found = read_config(path).model
+    found = read_config(path, "model").model
     shapes = [f"{m.num_layers} layers of {m.hidden_size}" for m in (model, found)]
     require(
         shapes[0] == shapes[1],
