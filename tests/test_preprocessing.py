@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,10 +13,12 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from raw_text import TEXTS, decoded, jsonl, pack, run
 
 from megatron.data import preprocessing
+from megatron.data.chunks import CHUNK_BYTES, ReadPosition, find_inputs, read_chunks
 from megatron.data.indexed_dataset import IndexedDataset
 from megatron.data.indexed_writer import IndexedDatasetWriter
 from megatron.data.preprocessing import PreprocessConfig
@@ -244,6 +247,42 @@ def test_a_run_stopped_between_two_keys_goes_on_over_its_own_output(files, tmp_p
     assert [decoded(files, prefix) for prefix in summary.prefixes] == [["t"], ["x"]]
 
 
+def shares(text: str) -> list[str]:
+    """The percentage of each progress line."""
+    return re.findall(r"(\d+)% done", text)
+
+
+@pytest.mark.parametrize("ending", [".txt", ".txt.gz"])
+def test_the_percentage_is_of_what_is_encoded_not_of_what_is_read(files, tmp_path, monkeypatch, capsys, ending):
+    """Five equal chunks in two files, all of them read before the first is encoded."""
+    chunk = b"".join(b"%0255d\n" % number for number in range(CHUNK_BYTES // 256))
+    inputs = [pack(tmp_path / f"a{ending}", chunk), pack(tmp_path / f"b{ending}", 4 * chunk)]
+
+    def after_all_is_read(chunks, config, tokenizer):
+        yield from (
+            preprocessing._Encoded(item.size, 1, [np.ones(1, int)], [np.ones(1, int)], []) for item in list(chunks)
+        )
+
+    monkeypatch.setattr(preprocessing, "_encode_all", after_all_is_read)
+    run(files, tmp_path, *inputs, text_unit="line", log_interval=1)
+    found = [int(share) for share in shares(capsys.readouterr().err)]
+    assert len(found) == 5 and found[-1] == 100 and found == sorted(set(found)), found
+    if ending == ".txt":
+        assert found == [20, 40, 60, 80, 100]
+
+
+def test_of_a_run_that_goes_on_it_is_of_what_was_left(tmp_path):
+    """Two files, of which the first and half of the second were done before."""
+    line = b"x" * (CHUNK_BYTES - 1) + b"\n"
+    inputs = find_inputs([str(pack(tmp_path / name, 4 * line)) for name in ("a.txt", "b.txt")], None, "line")
+    position = ReadPosition(items=[4])
+    seen = []
+    for _ in read_chunks(inputs, ["text"], 1 << 23, position, skip=2):
+        position.done()
+        seen.append(position.fraction())
+    assert seen == [0.5, 1.0]
+
+
 class TestTools:
     def test_train_preprocess_inspect_from_any_directory(self, corpus, tmp_path):
         trained = tool(
@@ -251,15 +290,18 @@ class TestTools:
         )
         assert trained.returncode == 0, trained.stderr
         assert "500 tokens" in trained.stdout
+        *lines, last = trained.stderr.splitlines()
+        assert shares(trained.stderr) == ["33", "66", "100"] and len(lines) == 3, trained.stderr
+        assert last == "note: all text is read; the merges are being learnt"
         again = tool("train_tokenizer.py", "--input", "no.jsonl", "--vocab-size", 300, "--output", "tok", cwd=tmp_path)
         assert again.stderr == (
             "error: tok/tokenizer.json is already there: choose another --output, or replace it with --overwrite\n"
         )
         again = tool(
             "train_tokenizer.py", "--input", corpus / "*.jsonl", "--vocab-size", 500, "--output", "tok", "--overwrite",
-            cwd=tmp_path,
+            "--log-interval", 0, cwd=tmp_path,
         )  # fmt: skip
-        assert again.returncode == 0, again.stderr
+        assert (again.returncode, again.stderr) == (0, "")
         made = tool(
             "preprocess_data.py",
             "--input",

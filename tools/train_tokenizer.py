@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from the source tree, installed or not
 
-from megatron.data.chunks import TEXT_UNITS, find_inputs
+from megatron.data.chunks import TEXT_UNITS, InputFile, find_inputs
 from megatron.data.documents import read_texts
-from megatron.errors import run
+from megatron.errors import note, run
 from megatron.flags import Parser, count, output_directory, positive
 from megatron.tokenizer.training import check_free, train_bpe
 
@@ -58,8 +59,22 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--output", type=output_directory, required=True, metavar="DIR", help="where the three files go"
     )
+    parser.add_argument(
+        "--log-interval",
+        type=count,
+        default=1000,
+        metavar="N",
+        help="documents between two progress lines; 0: none",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace those that are already there")
     return parser.parse_args()
+
+
+def read_all(files: Sequence[InputFile], keys: Sequence[str], log_interval: int) -> Iterator[str]:
+    """Every text, with progress lines; and a word when the last is read, as what follows has no progress to show."""
+    yield from read_texts(files, keys, log_interval=log_interval)
+    if log_interval:
+        note("all text is read; the merges are being learnt")
 
 
 def main() -> None:
@@ -69,7 +84,7 @@ def main() -> None:
         check_free(Path(arguments.output))
     files = find_inputs(arguments.input, arguments.input_format, arguments.text_unit)
     trained = train_bpe(
-        read_texts(files, arguments.json_keys),
+        read_all(files, arguments.json_keys, arguments.log_interval),
         arguments.vocab_size,
         arguments.output,
         min_frequency=arguments.min_frequency,

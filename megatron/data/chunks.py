@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import os
 import re
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,7 +67,7 @@ class BadDocument:
 
 @dataclass
 class ReadPosition:
-    """How far the reading of all files has come, in bytes as they stand on the disk."""
+    """How far a pass over all files has come, in bytes as they stand on the disk."""
 
     total: int = 0
     finished: int = 0
@@ -75,15 +76,26 @@ class ReadPosition:
     _begin: int = 0
     """Where the reading began, if not at the first byte."""
     _open: IO[bytes] | None = field(default=None, repr=False)
+    _ends: deque[int | None] = field(default_factory=deque, repr=False)
+    """Where the reading was after each chunk and bad document that is not done yet."""
+    _done: int | None = 0
 
     def fraction(self) -> float | None:
-        """From 0 to 1, of what there was to read; None while a pipe is read, which has no size."""
-        here = self._here()
-        return None if here is None else min(1.0, (here - self._begin) / max(1, self.total - self._begin))
+        """From 0 to 1, the share that is done of what there was to read; None while it is a pipe, which has no size."""
+        done = self._done
+        return None if done is None else min(1.0, (done - self._begin) / max(1, self.total - self._begin))
 
     def begin_here(self) -> None:
-        """What lies before has been read by an earlier process."""
-        self._begin = self._here() or 0
+        """What lies before has been done by an earlier process."""
+        self._begin = self._done = self._here() or 0
+
+    def given(self) -> None:
+        """One more chunk or bad document is on its way: reading is ahead of what is done."""
+        self._ends.append(self._here())
+
+    def done(self) -> None:
+        """The oldest of those on their way is done."""
+        self._done = self._ends.popleft()
 
     def _here(self) -> int | None:
         if self._open is None or self._open.closed:
@@ -143,7 +155,8 @@ def read_chunks(
     skip: int = 0,
 ) -> Iterator[Chunk | BadDocument]:
     """The records of all files in their order; a record that is much larger than `max_document_bytes`, and a file
-    without any, as a BadDocument in its place. UserError for a file that cannot be read or unpacked.
+    without any, as a BadDocument in its place; `position.done()` is for the caller to call after each of them.
+    UserError for a file that cannot be read or unpacked.
 
     To go on where an earlier reading was: the files that `position.items` counts already are not opened, and the
     first `skip` items of the next one are read and not given.
@@ -159,6 +172,7 @@ def read_chunks(
                 number = 0
                 for number, item in enumerate(_items(file, raw, keys, max_document_bytes), start=1):
                     if number > skip:
+                        position.given()
                         yield item
                     elif number == skip:
                         position.begin_here()

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron.data.chunks import BadDocument, Chunk, InputFile, ReadPosition, read_chunks, too_large
+from megatron.data.progress_line import ProgressLine
 from megatron.errors import UserError
 
 _BLANK_LINES_OR_END = re.compile(rb"\n\s*(?:\n|\Z)")
@@ -121,10 +122,24 @@ def _kind(value: object) -> str:
     return names.get(type(value), "a number")
 
 
-def read_texts(files: Sequence[InputFile], keys: Sequence[str], max_document_bytes: int = 1 << 27) -> Iterator[str]:
-    """Every text of `files`, one after another; UserError at the first that cannot be taken."""
-    for item in read_chunks(files, keys, max_document_bytes, ReadPosition()):
-        for document in [item] if isinstance(item, BadDocument) else parse_chunk(item, keys, max_document_bytes):
-            if isinstance(document, BadDocument):
-                raise UserError(str(document))
-            yield from document.texts
+def read_texts(
+    files: Sequence[InputFile], keys: Sequence[str], max_document_bytes: int = 1 << 27, log_interval: int = 0
+) -> Iterator[str]:
+    """Every text of `files`, one after another; UserError at the first that cannot be taken.
+
+    `log_interval`: documents between two progress lines, on stderr; 0: none.
+    """
+    position = ReadPosition()
+    documents = size = 0
+    with ProgressLine(log_interval, position) as line:
+        for item in read_chunks(files, keys, max_document_bytes, position):
+            if isinstance(item, BadDocument):
+                raise UserError(str(item))
+            for document in parse_chunk(item, keys, max_document_bytes):
+                if isinstance(document, BadDocument):
+                    raise UserError(str(document))
+                documents += 1
+                yield from document.texts
+            size += item.size
+            position.done()
+            line.update(documents, size)

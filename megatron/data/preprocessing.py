@@ -199,6 +199,7 @@ def _preprocess(
                 summary.documents += encoded.documents
                 summary.input_bytes += encoded.size
                 items += 1
+                position.done()
                 line.update(summary.documents - point.documents, summary.input_bytes - point.input_bytes)
                 if can_be_read_again and time.monotonic() - saved >= SAVE_SECONDS:
                     saved = time.monotonic()

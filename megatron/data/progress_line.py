@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from math import floor
 from types import TracebackType
 from typing import TextIO
 
@@ -54,7 +55,7 @@ class ProgressLine:
 
     def _describe(self, documents: int, size: int, seconds: float) -> str:
         fraction = self._position.fraction()
-        left = f", {100 * fraction:.0f}% read, {clock(seconds / fraction - seconds)} left" if fraction else ""
+        left = f", {floor(100 * fraction)}% done, {clock(seconds / fraction - seconds)} left" if fraction else ""
         return f"{documents:,} documents, {size / 1e6:,.1f} MB, {size / 1e6 / max(seconds, 1e-9):.2f} MB/s{left}"
 
 
