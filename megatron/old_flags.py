@@ -8,6 +8,7 @@ reason, with all the flags that it holds for; docs/migration.md shows the same r
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from megatron.flags import Parser
@@ -148,6 +149,7 @@ PREPROCESSING: list[Row] = [
     Row("--dataset-impl", "mmap is what is written", 1, "mmap", "mmap is the only format that is written and read"),
     Row("--partitions", "--workers reads one input in parallel", 1, "1", "give all files to --input, and --workers"),
     Row("--chunk-size", "chunks have the size that suits them", 1),
+    Row("--keep-sequential-samples", "documents always keep their order"),
 ]
 """The same, of tools/preprocess_data.py."""
 
@@ -237,19 +239,32 @@ REFUSED_FAMILIES: dict[str, str] = {
 }
 """How flags begin that are gone as a family -> what to do instead."""
 
-EVALUATION: dict[str, str] = {
+OF_A_MODEL: dict[str, str] = {
     "--num-layers --hidden-size --num-attention-heads --max-position-embeddings --make-vocab-size-divisible-by "
     "--layernorm-epsilon --use-checkpoint-args": "not needed, as the checkpoint says it",
-    "--batch-size --micro-batch-size --global-batch-size": "give --micro-batch-tokens N, the tokens of a forward pass",
     "--fp16": "give --dtype fp16",
     "--bf16": "give --dtype bf16",
     "--model-parallel-size --tensor-model-parallel-size --sequence-parallel": "not needed, as any layout is read",
     "--checkpoint-activations --recompute-activations --recompute-granularity --log-interval --no-load-optim "
-    "--no-load-rng --finetune --attention-dropout --hidden-dropout --seed": "not needed, as nothing is trained here",
+    "--no-load-rng --finetune --attention-dropout --hidden-dropout": "not needed, as nothing is trained here",
     "--pretrained-checkpoint": "give --load DIRECTORY",
-    "--data-path --split": "give --valid-data FILE, the text as it is",
+    "--tokenizer-model": REFUSED["--tokenizer-model --tokenizer-metadata"],
 }  # fmt: skip
+"""Flags that scripts give either of the two below, and what either says."""
+
+EVALUATION: dict[str, str] = OF_A_MODEL | {
+    "--seed": "not needed, as nothing is drawn here",
+    "--batch-size --micro-batch-size --global-batch-size": "give --micro-batch-tokens N, the tokens of a forward pass",
+    "--data-path --split": "give --valid-data FILE, the text as it is",
+}
 """Flags that scripts give Megatron-LM's tasks/main.py -> what to do instead with tools/evaluate_zeroshot.py."""
+
+GENERATION: dict[str, str] = OF_A_MODEL | {
+    "--seq-length": "not needed, as the checkpoint says it",
+    "--micro-batch-size --global-batch-size": "give --batch-size N, the samples at a time",
+    "--data-path --split": "not needed, as no data is read here",
+}
+"""Flags that scripts give Megatron-LM's generate_samples_gpt2.py -> what to do instead with ours."""
 
 ADVICE: dict[str, str] = {flag: advice for flags, advice in REFUSED.items() for flag in flags.split()}
 """The same as REFUSED, flag by flag."""
@@ -266,11 +281,11 @@ def advice(flag: str) -> str | None:
     return ADVICE.get(flag) or next(families, None)
 
 
-def evaluation_advice(flag: str) -> str | None:
-    """What to do instead of a flag of Megatron-LM's tasks/main.py, or None if it is not one."""
-    known = {name: text for names, text in EVALUATION.items() for name in names.split()}
-    ignored = {name for row in IGNORED for name in row.flags.split()}
-    return known.get(flag) or ("not needed" if flag in ignored else None)
+def tool_advice(table: Mapping[str, str]) -> Callable[[str], str | None]:
+    """Flag -> what to do instead of it with a tool whose `table` is EVALUATION or GENERATION; None if it is not old."""
+    known = {name: text for names, text in table.items() for name in names.split()}
+    ignored = {name: "not needed" for row in IGNORED for name in row.flags.split()}
+    return (ignored | known).get
 
 
 class _Ignore(argparse.Action):

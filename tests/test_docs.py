@@ -262,6 +262,8 @@ def test_every_old_flag_is_in_the_migration_guide_with_what_the_program_says() -
         assert rows(MIGRATION, name) == expected
     assert rows(MIGRATION, "gone") == [[quoted(flags), advice] for flags, advice in old_flags.REFUSED.items()]
     assert rows(MIGRATION, "evaluation") == [[quoted(flags), advice] for flags, advice in old_flags.EVALUATION.items()]
+    own = [[quoted(flags), text] for flags, text in old_flags.GENERATION.items() if flags not in old_flags.OF_A_MODEL]
+    assert rows(MIGRATION, "generation") == own
     families = [[f"`{start}`...", advice] for start, advice in old_flags.REFUSED_FAMILIES.items()]
     assert rows(MIGRATION, "families") == families
 

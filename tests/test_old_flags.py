@@ -14,7 +14,7 @@ from megatron.arguments import SECTIONS, build_parser, parse_config
 from megatron.config import Config
 from megatron.errors import UserError
 from megatron.metrics import STEP_TAGS
-from tools import evaluate_zeroshot, preprocess_data
+from tools import evaluate_zeroshot, generate_samples_gpt2, preprocess_data
 
 SAME = """--num-layers 12 --hidden-size 768 --num-attention-heads 12 --max-position-embeddings 1024 --seq-length 1024
 --make-vocab-size-divisible-by 128 --attention-dropout 0.1 --hidden-dropout 0.1 --weight-decay 0.01 --clip-grad 1.0
@@ -221,3 +221,30 @@ def test_old_evaluation_scripts(monkeypatch: pytest.MonkeyPatch) -> None:
         "--openai-gelu is not a flag here: not needed",
         "unknown flag --lrr",
     ]
+
+
+def test_old_generation_scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The flags that v1.1.5's scripts/generate_text.sh gives, and those of its later kin; what is kept stays unsaid."""
+    script = (
+        "generate_samples_gpt2.py --model-parallel-size 1 --num-layers 24 --hidden-size 1024 --load c "
+        "--num-attention-heads 16 --max-position-embeddings 1024 --seq-length 1024 --tokenizer-type GPT2BPETokenizer "
+        "--fp16 --batch-size 2 --micro-batch-size 2 --out-seq-length 1024 --temperature 1.0 --vocab-file v "
+        "--merge-file m --genfile g --num-samples 8 --top_p 0.9 --top_k 0 --recompute --seed 1 --no-load-optim "
+        "--DDP-impl local --data-path d"
+    )
+    monkeypatch.setattr(sys, "argv", script.split())
+    with pytest.raises(UserError) as caught:
+        generate_samples_gpt2.parse_arguments()
+    assert str(caught.value).split("; ") == [
+        "--model-parallel-size is not a flag here: not needed, as any layout is read",
+        "--num-layers, --hidden-size, --num-attention-heads, --max-position-embeddings, --seq-length are not flags "
+        "here: not needed, as the checkpoint says it",
+        "--fp16 is not a flag here: give --dtype fp16",
+        "--micro-batch-size is not a flag here: give --batch-size N, the samples at a time",
+        "--no-load-optim is not a flag here: not needed, as nothing is trained here",
+        "--DDP-impl is not a flag here: not needed",
+        "--data-path is not a flag here: not needed, as no data is read here",
+    ]
+    kept = "--load c --batch-size 2 --out-seq-length 9 --top_k 3 --recompute --seed 1"
+    monkeypatch.setattr(sys, "argv", ["generate_samples_gpt2.py", *kept.split()])
+    assert generate_samples_gpt2.parse_arguments().top_k == 3

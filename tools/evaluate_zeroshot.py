@@ -56,7 +56,7 @@ OWNERS = {
 def parse_arguments() -> argparse.Namespace:
     """The flags, with Megatron's names."""
     parser = Parser(description=__doc__)
-    parser.advice = old_flags.evaluation_advice
+    parser.advice = old_flags.tool_advice(old_flags.EVALUATION)
     parser.add_argument("--task", required=True, help=f"{WIKITEXT}, {LAMBADA}, or tasks of lm-eval with commas between")
     parser.add_argument(
         "--load",

@@ -16,6 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from the source tree, installed or not
 
+from megatron import old_flags
 from megatron.checkpointing.weights import DTYPES, require_apart
 from megatron.errors import run
 from megatron.evaluation.generation import (
@@ -35,6 +36,7 @@ from megatron.tokenizer.build import add_tokenizer_flags, tokenizer_config
 def parse_arguments() -> argparse.Namespace:
     """The flags."""
     parser = Parser(description=__doc__)
+    parser.advice = old_flags.tool_advice(old_flags.GENERATION)
     parser.add_argument(
         "--load",
         type=some_path,
