@@ -743,7 +743,7 @@ class LoggingConfig:
     """Logging"""
 
     log_interval: int = 100
-    """Print a progress line every so many steps (metrics.jsonl has every step)."""
+    """Print a progress line every so many steps, with their mean loss (metrics.jsonl has every step)."""
     tensorboard: bool = True
     """Write TensorBoard events to SAVE/tensorboard."""
     tensorboard_dir: str | None = None

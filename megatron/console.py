@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from itertools import pairwise
-from statistics import median
+from statistics import fmean, median
 from types import TracebackType
 from typing import Any, NamedTuple, TextIO
 
@@ -39,6 +39,9 @@ class ProgressLine:
     times the tokens of early ones. As short steps also run at another speed than long ones, the speed is taken
     from a recent window only, and a stalled step in it counts little. What evaluation and saving add comes from all of
     this process: they are few, so that in a window each would be too much or nothing.
+
+    The loss is the mean over the last `log_interval` steps, those that are not finite aside; of a step that itself is
+    not finite it is that step's.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class ProgressLine:
         self._line = ""
         self._first: _Sample | None = None
         self._window: deque[_Sample] = deque()
+        self._losses: deque[float] = deque(maxlen=log_interval)
         self._last: Mapping[str, Any] | None = None
         self._last_printed: int | None = None
 
@@ -82,6 +86,10 @@ class ProgressLine:
             return
         now = self._clock()
         self._observe(now, step)
+        if self._last is not None and step["iteration"] <= self._last["iteration"]:
+            self._losses.clear()  # a rollback has undone them
+        if _finite(loss := step.get("loss")):
+            self._losses.append(loss)
         self._last = step
         if self._live:
             if now - self._drawn >= REDRAW_SECONDS:
@@ -189,6 +197,8 @@ class ProgressLine:
             return [] if step.get(key) is None else [f"{label} {step[key]:{style}}"]
 
         done, ahead = format_count(step["consumed_tokens"]), []
+        if _finite(step.get("loss")):
+            step = {**step, "loss": fmean(self._losses)}
         if self._target:
             share = min(1.0, step["consumed_tokens"] / self._target)
             ahead = [f"{math.floor(100 * share)}% ETA {format_duration(self.seconds_left())}"]
@@ -235,6 +245,10 @@ class ProgressLine:
             self._silent = True
             if self._stream is sys.stdout:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the flush at exit fails
+
+
+def _finite(value: Any) -> bool:
+    return value is not None and math.isfinite(value)
 
 
 def format_count(number: float) -> str:

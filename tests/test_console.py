@@ -160,6 +160,35 @@ def test_the_batch_is_shown_while_it_grows() -> None:
     assert "batch" not in second
 
 
+def losses_shown(text: str) -> list[str]:
+    return re.findall(r"loss (\S+)", text)
+
+
+def test_the_loss_is_the_mean_over_the_log_interval() -> None:
+    """Of fewer steps at the start and after a rollback; what is not finite is shown and left out."""
+    out = io.StringIO()
+    line = ProgressLine("slw", target_tokens=None, log_interval=2, stream=out)
+    for iteration, loss in enumerate((9.0, 7.0, 6.0, float("nan"), 3.0, 4.0, 2.0), start=1):
+        line.update(step(iteration, iteration, loss=loss))
+    assert losses_shown(out.getvalue()) == ["8.0000", "nan", "3.5000"]
+    line.print_last()
+    line.update(step(6, 6, loss=1.0))
+    assert losses_shown(out.getvalue())[3:] == ["3.0000", "1.0000"]
+    line.update(step(7, 7, loss=None))
+    line.close()
+    assert out.getvalue().splitlines()[-1].startswith("step 7 | seqlen")
+
+
+def test_the_live_line_has_the_mean_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    out, clock = Terminal(), Clock()
+    line = ProgressLine("slw", target_tokens=None, log_interval=3, stream=out, clock=clock)
+    for iteration, loss in enumerate((9.0, 8.0, 4.0, 3.0), start=1):
+        clock.now += 1
+        line.update(step(iteration, iteration, loss=loss))
+    assert losses_shown(out.getvalue()) == ["9.0000", "8.5000", "7.0000", "5.0000"]
+
+
 def test_live_line_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "60")
