@@ -13,7 +13,7 @@ from contextlib import suppress
 from itertools import pairwise
 from statistics import fmean, median
 from types import TracebackType
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO, TypeGuard
 
 REDRAW_SECONDS = 0.1
 """The live line is drawn at most this often: a step may take a millisecond."""
@@ -247,7 +247,7 @@ class ProgressLine:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the flush at exit fails
 
 
-def _finite(value: Any) -> bool:
+def _finite(value: float | None) -> TypeGuard[float]:
     return value is not None and math.isfinite(value)
 
 
