@@ -54,6 +54,11 @@ def _let_speak() -> None:
         time.sleep(SPEAK_SECONDS)
 
 
+def _say(text: str, error: BaseException) -> None:
+    """One line on stderr, with the notes of `error`."""
+    print("; ".join([f"error: {text}", *getattr(error, "__notes__", [])]), file=sys.stderr)
+
+
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Run `main` and leave with its status; what a user can mend becomes one line on stderr, without a traceback unless
     MEGATRON_DEBUG is set in the environment.
@@ -71,19 +76,22 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         if isinstance(error, CommandLineError) and several and os.environ.get("LOCAL_RANK", "0") != "0":
             _let_speak()
         else:
-            print(f"error: {who}{error}", file=sys.stderr)
+            _say(f"{who}{error}", error)
             if os.environ.get("MEGATRON_DEBUG"):
                 traceback.print_exc()
     except MemoryError as error:
-        print(f"error: {who}out of memory ({error}): {MEMORY_ADVICE}", file=sys.stderr)
+        _say(f"{who}out of memory ({error}): {MEMORY_ADVICE}", error)
     except KeyboardInterrupt as interrupt:
-        print("; ".join(["error: interrupted", *map(str, interrupt.args)]), file=sys.stderr)
+        _say("interrupted", interrupt)
         status = EXIT_INTERRUPTED
     except BrokenPipeError:
         pass
     except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
-            print(f"error: {who}out of GPU memory ({error}): {MEMORY_ADVICE}", file=sys.stderr)
+        # torch's, which is not imported here: of a GPU, and of the CPU.
+        if type(error).__name__ == "OutOfMemoryError":
+            _say(f"{who}out of GPU memory ({error}): {MEMORY_ADVICE}", error)
+        elif isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error):
+            _say(f"{who}out of memory ({str(error).rpartition('DefaultCPUAllocator: ')[2]}): {MEMORY_ADVICE}", error)
         elif several:
             traceback.print_exc()
         else:

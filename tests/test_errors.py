@@ -30,6 +30,44 @@ def test_a_fault_is_one_line_and_a_traceback_only_where_it_is_asked_for(debug, m
         assert lines[1].startswith("Traceback") and lines[-1].endswith("UserError: --lr x: expected a number")
 
 
+def out_of_gpu_memory() -> Exception:
+    return type("OutOfMemoryError", (RuntimeError,), {})("tried to allocate 2.00 GiB")
+
+
+def out_of_cpu_memory() -> Exception:
+    import torch
+
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(1 << 50)
+    return error.value
+
+
+@pytest.mark.parametrize(
+    ("fault", "said", "status"),
+    [
+        (UserError("step 7: loss nan"), "step 7: loss nan", 1),
+        (MemoryError("1 PiB"), "out of memory (1 PiB): lower --micro-batch-tokens, ", 1),
+        (out_of_gpu_memory(), "out of GPU memory (tried to allocate 2.00 GiB): lower --micro-batch-tokens, ", 1),
+        (out_of_cpu_memory(), "out of memory (can't allocate memory: you tried to allocate ", 1),
+        (KeyboardInterrupt(), "interrupted; ", 130),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
+)
+def test_the_one_line_ends_with_what_is_noted_on_the_fault(fault, said, status, monkeypatch, capsys):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.delenv("MEGATRON_DEBUG", raising=False)
+    fault.add_note("it goes on from step 4")
+
+    def main() -> int:
+        raise fault
+
+    with pytest.raises(SystemExit) as left:
+        run(main)
+    assert left.value.code == status
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {said}") and line.endswith("; it goes on from step 4")
+
+
 @pytest.mark.parametrize(("local_rank", "said"), [(None, True), ("0", True), ("1", False)])
 def test_where_no_local_rank_is_set_a_command_line_fault_is_said(local_rank, said, monkeypatch, capsys):
     """As in a container of its own for each rank."""

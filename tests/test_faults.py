@@ -67,8 +67,9 @@ def poison(*steps: int) -> Forward:
 
 def test_a_loss_that_is_not_finite_ends_the_run_before_the_update(corpus, tmp_path):
     home = tmp_path / "run"
-    with pytest.raises(UserError, match=r"step 7: loss nan, .* on samples 96 to 111 .*faults/step_0000007"):
+    with pytest.raises(UserError, match=r"step 7: loss nan, .* on samples 96 to 111 .*faults/step_0000007") as fault:
         run(corpus, home, poison(7))
+    assert fault.value.__notes__ == [f"start it again with --load {home}: it goes on from step 4"]
     entries = log_of(home)
     assert [e["iteration"] for e in entries] == list(range(1, 8))
     assert (entries[-1]["loss"], entries[-1]["skipped"]) == ("nan", True), "the step that diverged is in the log too"
@@ -104,6 +105,12 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(corpus, tmp_path):
 def test_so_many_skipped_steps_in_a_row_end_the_run(corpus, tmp_path):
     with pytest.raises(UserError, match=r"step 7: .*--nonfinite-limit 3 steps in a row"):
         run(corpus, tmp_path / "run", poison(2, 5, 6, 7), "--on-nonfinite", "skip", "--nonfinite-limit", "3")
+
+
+def test_where_nothing_is_saved_yet_a_fault_says_nothing_of_going_on(corpus, tmp_path):
+    with pytest.raises(UserError, match="step 3: loss nan") as fault:
+        run(corpus, tmp_path / "run", poison(3))
+    assert not hasattr(fault.value, "__notes__")
 
 
 def spike_at(marked: tuple[int, ...], crash_at: int | None = None) -> Forward:

@@ -109,7 +109,7 @@ def test_an_owner_that_was_taken_over_ends_its_process(holder, tmp_path, theirs)
     _, errors = holder.communicate(timeout=30)
     assert holder.returncode == 1
     assert errors == (
-        f"error: another run has taken {tmp_path} over, as this one did not move ({path}); the run ends here, its last "
+        f"error: another run has taken {tmp_path} over, as this one did not move ({path}); the run ends here; its last "
         "checkpoint stands\n"
     )
     assert path.read_bytes() == theirs, "it is not ours to sign off"

@@ -375,22 +375,22 @@ def test_a_second_interrupt_ends_at_once_with_one_line(corpus, tmp_path):
     said, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert said.count("SIGINT: stopping after this step, then saving (again: stop now") == 1
-    assert (
-        errors == f"error: interrupted; no checkpoint was saved yet: the same command with --load {home} starts anew\n"
-    )
+    again = f"start it again with --load {home}, from the beginning"
+    assert errors == f"error: interrupted; no checkpoint was saved yet: {again}\n"
 
 
 def test_after_an_interruption_it_is_said_which_checkpoint_is_the_last(tmp_path):
     home = tmp_path / "run"
     for iteration in (5, 10):
         (home / "checkpoints" / f"iter_{iteration:07d}").mkdir(parents=True)
-    last = home / "checkpoints/iter_0000010"
+    (home / "checkpoints" / "iter_0000015.tmp-0123abcd").mkdir()
     config = CheckpointConfig(save=str(home), load=str(home))
-    assert how_to_go_on(config) == f"the last checkpoint is {last}: the same command goes on from there"
-    assert f"the same command with --load {home} goes on" in how_to_go_on(replace(config, load=None))
     tuned = replace(config, load="weights", finetune=True)
-    assert f"the same command with --load {home} and without --finetune goes on" in how_to_go_on(tuned)
+    assert how_to_go_on(config) == f"start it again with --load {home}: it goes on from step 10"
+    assert how_to_go_on(tuned) == f"start it again with --load {home}, without --finetune: it goes on from step 10"
     assert how_to_go_on(CheckpointConfig()) == "nothing is saved: no --save"
+    fresh = replace(tuned, save=str(tmp_path / "fresh"))
+    assert how_to_go_on(fresh) == "no checkpoint was saved yet: choose another --save, from the beginning"
 
 
 def test_a_signal_is_answered_at_once():

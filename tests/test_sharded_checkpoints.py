@@ -184,7 +184,7 @@ def test_kill_during_a_background_save_leaves_the_one_before(tmp_path: Path, ran
     if ranks > 1:
         kind, message = seen[0]["close"]
         gone = r"another rank is gone \([\w .:\[\]]{5,80}\)"  # not all of gloo's text
-        after = "what was saved before is whole, go on from it with --load"
+        after = "what was saved before is whole"
         assert kind == "UserError"
         assert re.fullmatch(rf"cannot save step 2 to {tmp_path}: {gone}; {after}", message), message
     assert newest_whole(tmp_path) == tmp_path / "iter_0000001"

@@ -190,6 +190,7 @@ def test_a_rank_that_dies_is_named_and_the_others_leave(corpus, tmp_path, victim
     said = "\n".join(told)
     assert f"rank {victim} (host" in said
     assert f"pid {processes[victim].pid}" in said
+    assert f"; the run ends here; no checkpoint was saved yet: start it again with --load {home}, from" in said
 
 
 def test_a_rank_that_hangs_is_named(corpus, tmp_path):

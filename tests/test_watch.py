@@ -61,7 +61,7 @@ mine.at("step 17")
 """
 JOIN = "with mine:\n    meet('in')\n"
 RUN = START + "meet('ready')\n" + JOIN
-END = "; the run ends here, its last checkpoint stands\n"
+END = "; the run ends here; its last checkpoint stands\n"
 
 
 class Ranks:

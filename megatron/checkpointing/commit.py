@@ -154,6 +154,11 @@ def named_checkpoints(directory: Path, report: Report = lambda line: None) -> li
     return found
 
 
+def newest_iteration(directory: Path) -> int | None:
+    """The iteration of the newest checkpoint in `directory`. Raises UserError where it cannot be read."""
+    return next((iteration for iteration, kind, _ in _listed(directory) if kind not in _REMAINS), None)
+
+
 def set_aside_newer(directory: Path, iteration: int, report: Report = lambda line: None) -> None:
     """Rename the checkpoints in `directory` that are newer than `iteration`: a run that goes on from an older one must
     not find them again. They are kept as abandoned_iter_NNNNNNN-<id>, which nothing takes for a checkpoint."""

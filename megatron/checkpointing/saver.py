@@ -125,5 +125,5 @@ class Saver:
             why = _GLOO_SOURCE.sub("", str(error)).partition("\n")[0].partition(". ")[0]
             raise UserError(
                 f"cannot save step {iteration:,} to {self._directory}: another rank is gone ({why}); "
-                "what was saved before is whole, go on from it with --load"
+                "what was saved before is whole"
             ) from error

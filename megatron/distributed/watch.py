@@ -50,6 +50,10 @@ FLUSH_SECONDS = 2.0
 SILENT = "does not answer (stopped, or its node is gone)"
 
 
+def _stands() -> str:
+    return "its last checkpoint stands"
+
+
 @dataclass(eq=False)
 class _Rank:
     """What is known of a rank."""
@@ -70,6 +74,7 @@ class _Rank:
     """What its training thread was doing when asked; empty until it answers."""
     finished: bool = False
     failure: str | None = None
+    what_next: Callable[[], str] = _stands
 
     def __str__(self) -> str:
         return f"rank {self.rank} (host {self.host}, pid {self.pid})"
@@ -102,6 +107,10 @@ class Watch:
         """Note that training has come to `what`, such as "step 17"; costs nothing, the thread passes it on."""
         self._own.what = what
         self._own.moves += 1
+
+    def ends_with(self, what_next: Callable[[], str]) -> None:
+        """Say `what_next()` after whatever ends the run; called at that moment, from the watch's thread."""
+        self._own.what_next = what_next
 
     @contextlib.contextmanager
     def patient(self) -> Iterator[None]:
@@ -312,7 +321,7 @@ class _Main:
         for channel in channels:
             channel.drain(deadline)
         if self._own not in failed:
-            leave(why)
+            leave(why, self._own.what_next)
 
 
 class _Other:
@@ -354,7 +363,7 @@ class _Other:
             self._channel.send(ping=True)
             self._asked = now
         elif now - self._asked > ANSWER_SECONDS:
-            leave(f"{self._main} {SILENT}")
+            leave(f"{self._main} {SILENT}", self._own.what_next)
 
     def _hear(self) -> None:
         try:
@@ -363,7 +372,8 @@ class _Other:
             self._over = True
             if not self._own.finished:
                 closed = isinstance(error, EOFError | ConnectionResetError)
-                leave(f"{self._main} " + ("died: killed or crashed" if closed else f"cannot be reached ({error})"))
+                how = "died: killed or crashed" if closed else f"cannot be reached ({error})"
+                leave(f"{self._main} {how}", self._own.what_next)
             return
         for message in messages:
             if "end" in message:
@@ -413,16 +423,21 @@ def _some(texts: list[str]) -> str:
     return "; ".join(texts[:3]) + (f"; and {len(texts) - 3} more" if len(texts) > 3 else "")
 
 
-def leave(why: str = "") -> NoReturn:
-    """End this process from any thread, whatever its main thread is stuck in; `why`, if any, is said on stderr."""
-    # Whatever holds up the flush, such as a pipe that nobody reads, must not hold up the end.
+def leave(why: str = "", what_next: Callable[[], str] = _stands) -> NoReturn:
+    """End this process from any thread, whatever its main thread is stuck in; `why`, if any, is said on stderr, with
+    `what_next()`."""
+    # Whatever holds up the rest, such as a pipe that nobody reads or a disk that is gone, must not hold up the end.
     end = threading.Timer(FLUSH_SECONDS, os._exit, (EXIT_FAILURE,))
     end.daemon = True
     end.start()
     with contextlib.suppress(OSError, ValueError):
         if why:
             start = "\n" if sys.stderr.isatty() else ""  # a live progress line may stand there
-            sys.stderr.write(f"{start}error: {why}; the run ends here, its last checkpoint stands\n")
+            try:
+                then = what_next()
+            except UserError:
+                then = _stands()
+            sys.stderr.write(f"{start}error: {why}; the run ends here; {then}\n")
         sys.stderr.flush()
         sys.stdout.flush()
     os._exit(EXIT_FAILURE)

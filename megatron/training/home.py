@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from megatron.checkpointing.checkpoint import STATE, Checkpoint, check_space, fi
 from megatron.checkpointing.commit import (
     CHECKPOINTS,
     checkpoints_in,
-    named_checkpoints,
+    newest_iteration,
     reap_temporary,
     set_aside_newer,
 )
@@ -74,16 +75,27 @@ def find_checkpoint(config: CheckpointConfig, world: World, console: ProgressLin
 
 
 def how_to_go_on(config: CheckpointConfig) -> str:
-    """After an interruption: which checkpoint of the run is the last, and how to go on from it."""
+    """After an end that was not planned: how to go on, and from which checkpoint."""
     if config.save is None:
         return "nothing is saved: no --save"
-    found = named_checkpoints(checkpoints_in(Path(config.save)))
-    again = "the same command"
-    if not continues(config):
-        again += f" with --load {config.save}" + " and without --finetune" * config.finetune
-    if not found:
-        return f"no checkpoint was saved yet: {again} starts anew"
-    return f"the last checkpoint is {found[0]}: {again} goes on from there"
+    step = newest_iteration(Path(config.save) / CHECKPOINTS)
+    if step is None:
+        again = "choose another --save" if config.finetune else f"start it again with --load {config.save}"
+        return f"no checkpoint was saved yet: {again}, from the beginning"
+    without = ", without --finetune" * config.finetune
+    return f"start it again with --load {config.save}{without}: it goes on from step {step:,}"
+
+
+@contextmanager
+def noting_how_to_go_on(config: CheckpointConfig) -> Iterator[None]:
+    """Note on what ends the training, where the run goes on; nothing as long as there is no checkpoint."""
+    try:
+        yield
+    except Exception as error:
+        with suppress(UserError):
+            if config.save is not None and newest_iteration(Path(config.save) / CHECKPOINTS) is not None:
+                error.add_note(how_to_go_on(config))
+        raise
 
 
 def resume(

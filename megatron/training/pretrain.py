@@ -26,6 +26,7 @@ from megatron.training.home import (
     continues,
     find_checkpoint,
     how_to_go_on,
+    noting_how_to_go_on,
     open_home,
     resume,
     stop_file,
@@ -51,10 +52,13 @@ def pretrain(config: Config, model_provider: ModelProvider, forward_step: Forwar
         which would take that for a crash, EXIT_FINISHED for both. SAVE/exit.json says which.
     """
     with connect(config) as (world, watch):
+        watch.ends_with(lambda: how_to_go_on(config.checkpoint))
         try:
             status = _pretrain(config, world, watch, model_provider, forward_step)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(*([how_to_go_on(config.checkpoint)] if world.is_main else [])) from None
+        except KeyboardInterrupt as interrupt:
+            if world.is_main:
+                interrupt.add_note(how_to_go_on(config.checkpoint))
+            raise
     return EXIT_FINISHED if under_torchrun() else status
 
 
@@ -101,6 +105,7 @@ def _pretrain(
         console.message(describe(config, datasets, vocabulary.size, world, state.progress))
         home = Path(config.checkpoint.save) if config.checkpoint.save is not None and world.is_main else None
         with (
+            noting_how_to_go_on(config.checkpoint),
             MetricsLogger(
                 home,
                 tensorboard=log.tensorboard and world.is_main,
