@@ -25,7 +25,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 def main() -> int:
     parser = make_parser(__doc__, repeats=9)
     parser.add_argument("--tokens", type=positive, default=4096, help="at every length")
-    parser.add_argument("--heads", type=positive, default=5)
+    parser.add_argument("--num-attention-heads", type=positive, default=5)
     parser.add_argument("--head-dim", type=positive, default=64)
     parser.add_argument("--lengths", type=positive, nargs="+", default=[8, 16, 32, 64, 128, 256, 512, 1024])
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
@@ -35,7 +35,7 @@ def main() -> int:
     for length in arguments.lengths:
         if arguments.tokens % length:
             raise UserError(f"--lengths {length} must divide --tokens {arguments.tokens}")
-        shape = arguments.tokens // length, length, arguments.heads, 3, arguments.head_dim
+        shape = arguments.tokens // length, length, arguments.num_attention_heads, 3, arguments.head_dim
         qkv = torch.randn(shape, dtype=getattr(torch, arguments.dtype), requires_grad=True)
         ways = {
             "ours": partial(there_and_back, causal_attention, qkv),
@@ -44,8 +44,8 @@ def main() -> int:
         medians = measure.medians(measure.in_turn(ways, arguments.repeats, warmups=2))
         rows.append([str(length), *(1000 * took for took in medians.values()), medians["PyTorch"] / medians["ours"]])
     print(
-        f"{arguments.tokens:,} tokens, {arguments.heads} heads of {arguments.head_dim}, {arguments.dtype}, "
-        f"medians of {arguments.repeats}"
+        f"{arguments.tokens:,} tokens, {arguments.num_attention_heads} heads of {arguments.head_dim}, "
+        f"{arguments.dtype}, medians of {arguments.repeats}"
     )
     measure.print_table(["seqlen", "ours, ms", "PyTorch, ms", "PyTorch / ours"], rows)
     measure.finish(

@@ -25,19 +25,20 @@ from megatron.flags import positive
 def main() -> int:
     parser = make_parser(__doc__)
     c.model_arguments(parser)
-    parser.add_argument("--sequences", type=positive, default=2, help="of a step")
-    parser.add_argument("--directory", help="where to save (default: a temporary directory)")
+    parser.add_argument("--global-batch-size", type=positive, default=2, help="of a step")
+    parser.add_argument("--save", metavar="DIR", help="where to save (default: a temporary directory)")
     parser.set_defaults(model_size="117M", seq_length=256)
     arguments = parser.parse_args()
 
     model, vocab_size = c.model_of(arguments)
     bf16 = c.use_bf16(arguments.precision, measure.machine()["bf16"])
-    ours = c.Ours(model, vocab_size, sequences=arguments.sequences, bf16=bf16, compile=False)
-    train = partial(ours, c.random_rows(arguments.sequences, arguments.seq_length, vocab_size), arguments.seq_length)
+    ours = c.Ours(model, vocab_size, sequences=arguments.global_batch_size, bf16=bf16, compile=False)
+    rows = c.random_rows(arguments.global_batch_size, arguments.seq_length, vocab_size)
+    train = partial(ours, rows, arguments.seq_length)
     train()
     tensors = collect(ours.state.model, ours.state.optimizer)
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    with tempfile.TemporaryDirectory(dir=arguments.directory) as name:
+    with tempfile.TemporaryDirectory(dir=arguments.save) as name:
         home = Path(name)
         make = partial(Saver, world=ours.world, report=lambda line: None, keep_last=2)
         with (
@@ -69,8 +70,8 @@ def main() -> int:
             )
     medians = measure.medians(seconds)
     print(
-        f"{arguments.model_size}, {arguments.sequences} x {arguments.seq_length} tokens a step on {ours.world.device}, "
-        f"{size / 1e9:.2f} GB a checkpoint, medians of {arguments.repeats}"
+        f"{arguments.model_size}, {arguments.global_batch_size} x {arguments.seq_length} tokens a step on "
+        f"{ours.world.device}, {size / 1e9:.2f} GB a checkpoint, medians of {arguments.repeats}"
     )
     step = medians["a step"]
     rows = [{"what": name, "seconds": took, "ratio to a step": took / step} for name, took in medians.items()]

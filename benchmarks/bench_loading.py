@@ -42,13 +42,13 @@ def main() -> int:
     parser.add_argument("--mean-length", type=positive, default=500, help="tokens a document")
     parser.add_argument("--seq-length", type=positive, default=1024)
     parser.add_argument("--seqlen", type=positive, help="truncate to so many tokens (default: --seq-length)")
-    parser.add_argument("--sequences", type=positive, default=64, help="of a batch")
+    parser.add_argument("--global-batch-size", type=positive, default=64, help="of a batch")
     parser.add_argument("--batches", type=positive, default=32, help="of a measurement")
     arguments = parser.parse_args()
     seqlen = arguments.seqlen or arguments.seq_length
     if seqlen > arguments.seq_length:
         raise UserError(f"--seqlen {seqlen} must be at most --seq-length {arguments.seq_length}")
-    batch_tokens = arguments.sequences * (arguments.seq_length + 1)
+    batch_tokens = arguments.global_batch_size * (arguments.seq_length + 1)
     if batch_tokens >= arguments.tokens:
         raise UserError(f"--tokens {arguments.tokens:,} must be more than the {batch_tokens:,} of a batch")
 
@@ -64,15 +64,15 @@ def main() -> int:
         )
         with SampleLoader(dataset, num_workers=0) as loader:
             get_batch: dict[str, GetBatch] = {
-                "ours": ours(loader, arguments.sequences, seqlen),
-                "nanoGPT": nanogpt(corpus.bin_path, arguments.sequences, seqlen),
-                "NumPy copying": copying(corpus.tokens, arguments.sequences, seqlen),
+                "ours": ours(loader, arguments.global_batch_size, seqlen),
+                "nanoGPT": nanogpt(corpus.bin_path, arguments.global_batch_size, seqlen),
+                "NumPy copying": copying(corpus.tokens, arguments.global_batch_size, seqlen),
             }
             runs = {name: partial(run_batches, get, arguments.batches) for name, get in get_batch.items()}
             seconds = measure.in_turn(runs, arguments.repeats)
     medians = measure.medians(seconds)
-    tokens = arguments.batches * arguments.sequences * seqlen
-    print(f"{arguments.sequences} x {seqlen} tokens a batch, {arguments.mean_length} a document, one process")
+    tokens = arguments.batches * arguments.global_batch_size * seqlen
+    print(f"{arguments.global_batch_size} x {seqlen} tokens a batch, {arguments.mean_length} a document, one process")
     rows = [
         {
             "contestant": name,

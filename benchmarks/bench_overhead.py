@@ -71,10 +71,10 @@ class Terminal(TextIOWrapper):
 def main() -> int:
     parser = make_parser(__doc__)
     c.model_arguments(parser)
-    parser.add_argument("--sequences", type=positive, default=2, help="of the step measured")
+    parser.add_argument("--global-batch-size", type=positive, default=2, help="of the step measured")
     parser.add_argument("--step-tokens", type=positive, default=PAPER_STEP, help="of the step to scale to (512 x 1024)")
     parser.add_argument("--calls", type=positive, default=20, help="of each part")
-    parser.add_argument("--eager", action="store_true", help="without torch.compile")
+    parser.add_argument("--compile", choices=["on", "off"], default="on", help="with torch.compile")
     parser.set_defaults(model_size="117M")
     arguments = parser.parse_args()
     # Calls that follow at once would be left out, where the steps of a run, which take longer, write every time.
@@ -82,11 +82,13 @@ def main() -> int:
 
     model, vocab_size = c.model_of(arguments)
     bf16 = c.use_bf16(arguments.precision, measure.machine()["bf16"])
-    ours = c.Ours(model, vocab_size, sequences=arguments.sequences, bf16=bf16, compile=not arguments.eager)
-    rows = c.random_rows(arguments.sequences, arguments.seq_length, vocab_size)
+    ours = c.Ours(
+        model, vocab_size, sequences=arguments.global_batch_size, bf16=bf16, compile=arguments.compile == "on"
+    )
+    rows = c.random_rows(arguments.global_batch_size, arguments.seq_length, vocab_size)
     with tempfile.TemporaryDirectory() as directory, ExitStack() as opened:
         watched = watched_run(ours, model, rows, Path(directory), opened)
-        plan = StepPlan(arguments.seq_length, arguments.sequences, c.LR)
+        plan = StepPlan(arguments.seq_length, arguments.global_batch_size, c.LR)
         seconds = measure.in_turn(
             {
                 "without": partial(synchronised, partial(ours, rows, arguments.seq_length)),
@@ -183,7 +185,7 @@ def report(
     """Print the shares and write the JSON."""
     medians = measure.medians(seconds)
     step = medians["without"]
-    scale = arguments.step_tokens / (arguments.sequences * arguments.seq_length)
+    scale = arguments.step_tokens / (arguments.global_batch_size * arguments.seq_length)
     scaled_step = update + (step - update) * scale
     rows = [
         {
@@ -200,9 +202,9 @@ def report(
     counted = [row for row, part in zip(rows, parts, strict=True) if not part.of_log]
     rows.append({"part": "together", **{name: sum(row[name] for row in counted) for name in [*rows[0]][1:]}})
     print(
-        f"{arguments.model_size}, {arguments.sequences} x {arguments.seq_length} tokens in {step:.3f} s, of which "
-        f"clipping and update {update:.3f} s; {arguments.step_tokens:,} tokens would take {scaled_step:,.1f} s; with "
-        f"all parts the step measured takes {medians['with'] / step:.3f} times as long"
+        f"{arguments.model_size}, {arguments.global_batch_size} x {arguments.seq_length} tokens in {step:.3f} s, of "
+        f"which clipping and update {update:.3f} s; {arguments.step_tokens:,} tokens would take {scaled_step:,.1f} s; "
+        f"with all parts the step measured takes {medians['with'] / step:.3f} times as long"
     )
     measure.print_table([*rows[0]], [[*row.values()] for row in rows])
     measure.finish(

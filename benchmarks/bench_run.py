@@ -1,10 +1,10 @@
 """Wall clock of a whole run with sequence length warmup against its baseline: python benchmarks/bench_run.py
 
 Both train the same model on as many tokens, by pretrain_gpt2.py, one after the other, several times over: at full
-length throughout; lengthening from --start over --warmup-iters steps; and the same with micro-batches of a fixed number
-of sequences, as the original had them. Where attention is a real share of the work (a long sequence, a small model),
-short steps save it. No evaluation; one checkpoint, at the end, which the seconds of training leave out. The tokens are
-random unless --data-path names some (all below --vocab-size).
+length throughout; lengthening from --seqlen-start over --seqlen-warmup-iters steps; and the same with micro-batches of
+a fixed number of sequences, as the original had them. Where attention is a real share of the work (a long sequence, a
+small model), short steps save it. No evaluation; one checkpoint, at the end, which the seconds of training leave out.
+The tokens are random unless --data-path names some (all below --vocab-size).
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ BASELINE, SLW, FIXED = "baseline", "slw", "slw, fixed micro-batches"
 def main() -> int:
     parser = make_parser(__doc__)
     c.model_arguments(parser)
-    parser.set_defaults(layers=4, hidden=128, heads=2)
+    parser.set_defaults(num_layers=4, hidden_size=128, num_attention_heads=2)
     parser.add_argument("--data-path", help="prefix of a .bin (default: random tokens)")
-    parser.add_argument("--sequences", type=positive, default=32, help="of a step")
-    parser.add_argument("--micro-batch", type=positive, default=4, help="sequences at full length")
+    parser.add_argument("--global-batch-size", type=positive, default=32, help="of a step")
+    parser.add_argument("--micro-batch-size", type=positive, default=4, help="sequences at full length")
     parser.add_argument("--train-tokens", type=positive, default=1_000_000, help="of each run")
-    parser.add_argument("--start", type=positive, default=64, help="first length")
-    parser.add_argument("--warmup-iters", type=positive, default=40, help="steps to full length")
-    parser.add_argument("--multiple", type=positive, default=8, help="lengths are multiples of it")
+    parser.add_argument("--seqlen-start", type=positive, default=64, help="first length")
+    parser.add_argument("--seqlen-warmup-iters", type=positive, default=40, help="steps to full length")
+    parser.add_argument("--seqlen-multiple", type=positive, default=8, help="lengths are multiples of it")
     arguments = parser.parse_args()
     model, vocab_size = c.model_of(arguments)
     bf16 = c.use_bf16(arguments.precision, measure.machine()["bf16"])
-    if arguments.start > arguments.seq_length:
-        raise UserError(f"--start {arguments.start} must be at most --seq-length {arguments.seq_length}")
+    if arguments.seqlen_start > arguments.seq_length:
+        raise UserError(f"--seqlen-start {arguments.seqlen_start} must be at most --seq-length {arguments.seq_length}")
 
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
@@ -57,8 +57,8 @@ def main() -> int:
             "attention-dropout": 0,
             "hidden-dropout": 0,
             "vocab-size": vocab_size,
-            "global-batch-size": arguments.sequences,
-            "micro-batch-size": arguments.micro_batch,
+            "global-batch-size": arguments.global_batch_size,
+            "micro-batch-size": arguments.micro_batch_size,
             "train-tokens": arguments.train_tokens,
             "lr": 1e-3,
             "data-path": prefix,
@@ -67,8 +67,11 @@ def main() -> int:
         }
         flags = [f"--{key}={value}" for key, value in common.items()] + ["--bf16"] * bf16
 
-        warmup = ["--seqlen-warmup=linear", f"--seqlen-start={arguments.start}"]
-        warmup += [f"--seqlen-warmup-iters={arguments.warmup_iters}", f"--seqlen-multiple={arguments.multiple}"]
+        warmup = ["--seqlen-warmup=linear", f"--seqlen-start={arguments.seqlen_start}"]
+        warmup += [
+            f"--seqlen-warmup-iters={arguments.seqlen_warmup_iters}",
+            f"--seqlen-multiple={arguments.seqlen_multiple}",
+        ]
         ways = {BASELINE: [], SLW: warmup, FIXED: [*warmup, "--fixed-micro-batch"]}
         found: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
         contestants = {way: partial(train, directory, [*flags, *own], found[way]) for way, own in ways.items()}
@@ -82,9 +85,9 @@ def main() -> int:
     rows = [[*row, rows[0][5] / row[5]] for row in rows]  # truncated steps end a few tokens later
     print(
         f"GPT-2 of {model.num_layers} layers x {model.hidden_size}, vocabulary {vocab_size:,}, length "
-        f"{model.seq_length}; {arguments.sequences} sequences a step, {arguments.micro_batch} of full length a "
-        f"micro-batch, {'bf16' if bf16 else 'fp32'}; lengths from {arguments.start} over "
-        f"{arguments.warmup_iters} steps; medians of {arguments.repeats}"
+        f"{model.seq_length}; {arguments.global_batch_size} sequences a step, {arguments.micro_batch_size} of full "
+        f"length a micro-batch, {'bf16' if bf16 else 'fp32'}; lengths from {arguments.seqlen_start} over "
+        f"{arguments.seqlen_warmup_iters} steps; medians of {arguments.repeats}"
     )
     head = ["run", "steps", "tokens", "s of training", "s of the program", "tokens/s", "time a token / baseline"]
     measure.print_table(head, rows)

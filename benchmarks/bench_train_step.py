@@ -26,8 +26,8 @@ def main() -> int:
     parser = make_parser(__doc__, repeats=5)
     c.model_arguments(parser)
     names = [f"{name}{how}" for name in c.MAKERS for how in ("", "-eager")]
-    parser.add_argument("--sequences", type=positive, default=4, help="of a step")
-    parser.add_argument("--micro-batch", type=positive, help="sequences of a micro-batch (default: all)")
+    parser.add_argument("--global-batch-size", type=positive, default=4, help="of a step")
+    parser.add_argument("--micro-batch-size", type=positive, help="sequences of a micro-batch (default: all)")
     parser.add_argument("--contestants", nargs="+", choices=names, default=names)
     parser.add_argument(
         "--peak",
@@ -35,10 +35,10 @@ def main() -> int:
         help="FLOP/s of the machine (default: 989e12 on a GPU, on a CPU what large products reach)",
     )
     arguments = parser.parse_args()
-    sequences, seq_length = arguments.sequences, arguments.seq_length
-    micro_batch = arguments.micro_batch or sequences
+    sequences, seq_length = arguments.global_batch_size, arguments.seq_length
+    micro_batch = arguments.micro_batch_size or sequences
     if sequences % micro_batch:
-        raise UserError(f"--sequences {sequences} must be a multiple of --micro-batch {micro_batch}")
+        raise UserError(f"--global-batch-size {sequences} must be a multiple of --micro-batch-size {micro_batch}")
     model, vocab_size = c.model_of(arguments)
     bf16 = c.use_bf16(arguments.precision, measure.machine()["bf16"])
     peak = arguments.peak or (H200_PEAK if torch.cuda.is_available() else c.peak_flops(bf16))

@@ -34,31 +34,33 @@ WALK_SEQUENCES = 2
 def main() -> int:
     parser = make_parser(__doc__)
     c.model_arguments(parser)
-    parser.add_argument("--sequences", type=positive, default=64, help="of a step, at every length")
-    parser.add_argument("--micro-batch", type=positive, default=4, help="sequences at full length")
-    parser.add_argument("--start", type=positive, default=8, help="shortest length; it doubles")
-    parser.add_argument("--multiple", type=positive, default=8, help="lengths of the walk are multiples of it")
-    parser.add_argument("--compile", action="store_true", help="with torch.compile, which is the default on a GPU")
+    parser.add_argument("--global-batch-size", type=positive, default=64, help="of a step, at every length")
+    parser.add_argument("--micro-batch-size", type=positive, default=4, help="sequences at full length")
+    parser.add_argument("--seqlen-start", type=positive, default=8, help="shortest length; it doubles")
+    parser.add_argument("--seqlen-multiple", type=positive, default=8, help="lengths of the walk are multiples of it")
+    parser.add_argument("--compile", choices=["auto", "on", "off"], default="auto", help="auto: on a GPU")
     parser.add_argument("--figure", type=output_file, metavar="FILE", help="draw tokens/s by length (.png, .svg)")
     arguments = parser.parse_args()
-    sequences, seq_length = arguments.sequences, arguments.seq_length
-    if sequences % arguments.micro_batch:
-        raise UserError(f"--sequences {sequences} must be a multiple of --micro-batch {arguments.micro_batch}")
-    if arguments.start > seq_length:
-        raise UserError(f"--start {arguments.start} must be at most --seq-length {seq_length}")
+    sequences, seq_length = arguments.global_batch_size, arguments.seq_length
+    if sequences % arguments.micro_batch_size:
+        raise UserError(
+            f"--global-batch-size {sequences} must be a multiple of --micro-batch-size {arguments.micro_batch_size}"
+        )
+    if arguments.seqlen_start > seq_length:
+        raise UserError(f"--seqlen-start {arguments.seqlen_start} must be at most --seq-length {seq_length}")
     model, vocab_size = c.model_of(arguments)
     bf16 = c.use_bf16(arguments.precision, measure.machine()["bf16"])
-    compiled = arguments.compile or torch.cuda.is_available()
+    compiled = arguments.compile == "on" or (arguments.compile == "auto" and torch.cuda.is_available())
     lengths = [seq_length]
-    while lengths[0] // 2 >= arguments.start:
+    while lengths[0] // 2 >= arguments.seqlen_start:
         lengths.insert(0, lengths[0] // 2)
 
-    common = {"sequences": sequences, "bf16": bf16, "compile": compiled, "micro_batch_size": arguments.micro_batch}
+    common = {"sequences": sequences, "bf16": bf16, "compile": compiled, "micro_batch_size": arguments.micro_batch_size}
     with Rivals() as rivals:
         for name, fixed in (("by tokens", False), ("fixed", True)):
             build = partial(c.stopwatch, "ours", model, vocab_size, sequences, fixed_micro_batch=fixed, **common)
             rivals[name] = Rival(build)
-        walks = {name: walk(rival, seq_length, arguments.multiple) for name, rival in rivals.items()}
+        walks = {name: walk(rival, seq_length, arguments.seqlen_multiple) for name, rival in rivals.items()}
         seconds: dict[str, dict[int, list[float]]] = {name: {} for name in rivals}
         for length in lengths:
             steps = {name: partial(rival, "step", length, sequences) for name, rival in rivals.items()}
@@ -83,14 +85,14 @@ def main() -> int:
     ]
     print(
         f"GPT-2 of {model.num_layers} layers x {model.hidden_size}, vocabulary {vocab_size:,}; {sequences} sequences "
-        f"a step, {arguments.micro_batch} of {seq_length} tokens a micro-batch, {'bf16' if bf16 else 'fp32'}, "
+        f"a step, {arguments.micro_batch_size} of {seq_length} tokens a micro-batch, {'bf16' if bf16 else 'fp32'}, "
         f"{'compiled' if compiled else 'eager'}; medians of {arguments.repeats}"
     )
     measure.print_table(
         ["seqlen", "s a step", "tokens/s", f"% of {seq_length}", "tokens/s, fixed", "fixed / ours"], rows
     )
-    micro_batches = sequences // arguments.micro_batch
-    fits = -(-sequences * lengths[0] // (arguments.micro_batch * seq_length))
+    micro_batches = sequences // arguments.micro_batch_size
+    fits = -(-sequences * lengths[0] // (arguments.micro_batch_size * seq_length))
     each = (fixed_[lengths[0]] - by_tokens[lengths[0]]) / max(1, micro_batches - fits)
     print(f"a step of {sequences} x {lengths[0]} tokens: {1000 * by_tokens[lengths[0]]:.1f} ms, of which")
     print(f"  {1000 * update:8.1f} ms  clipping and update, at any length")

@@ -56,16 +56,16 @@ def our_score(model: GPT2Model, pieces: list[Piece], micro_batch_tokens: int) ->
 
 def main() -> int:
     parser = make_parser(__doc__)
-    parser.add_argument("--layers", type=positive, default=12)
-    parser.add_argument("--hidden", type=positive, default=768)
+    parser.add_argument("--num-layers", type=positive, default=12)
+    parser.add_argument("--hidden-size", type=positive, default=768)
     parser.add_argument("--seq-length", type=positive, default=1024)
     parser.add_argument("--vocab-size", type=positive, default=50257)
     parser.add_argument("--windows", type=positive, default=16, help="of stride 32")
     parser.add_argument("--micro-batch-tokens", type=positive, default=MICRO_BATCH_TOKENS)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
     arguments = parser.parse_args()
-    if arguments.hidden % HEAD_SIZE:
-        raise UserError(f"--hidden {arguments.hidden} must be a multiple of {HEAD_SIZE}, the size of a head")
+    if arguments.hidden_size % HEAD_SIZE:
+        raise UserError(f"--hidden-size {arguments.hidden_size} must be a multiple of {HEAD_SIZE}, the size of a head")
 
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: there is no GPU, or torch is a build without CUDA; give --device cpu")
@@ -80,9 +80,9 @@ def main() -> int:
         transformers.GPT2Config(
             vocab_size=arguments.vocab_size,
             n_positions=arguments.seq_length,
-            n_embd=arguments.hidden,
-            n_layer=arguments.layers,
-            n_head=arguments.hidden // HEAD_SIZE,
+            n_embd=arguments.hidden_size,
+            n_layer=arguments.num_layers,
+            n_head=arguments.hidden_size // HEAD_SIZE,
         )
     )
     with tempfile.TemporaryDirectory() as directory:
@@ -107,8 +107,9 @@ def main() -> int:
     medians = measure.medians(seconds)
     difference = abs(losses["ours, fp32"] / losses["plain loop, fp32"] - 1)
     print(
-        f"{arguments.layers} layers, hidden {arguments.hidden}, {len(pieces)} windows of {arguments.seq_length} on "
-        f"{device}, medians of {arguments.repeats}; losses in fp32 differ by {difference:.1e} of themselves"
+        f"{arguments.num_layers} layers, hidden {arguments.hidden_size}, {len(pieces)} windows of "
+        f"{arguments.seq_length} on {device}, medians of {arguments.repeats}; "
+        f"losses in fp32 differ by {difference:.1e} of themselves"
     )
     rows = [
         {

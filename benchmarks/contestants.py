@@ -43,9 +43,9 @@ Step = Callable[[np.ndarray, int], None]
 def model_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags that say what is trained."""
     parser.add_argument("--model-size", default="10M", choices=["10M", *MODEL_SIZES])
-    parser.add_argument("--layers", type=positive, help="instead of the model size's")
-    parser.add_argument("--hidden", type=positive, help="instead of the model size's")
-    parser.add_argument("--heads", type=positive, help="instead of the model size's")
+    parser.add_argument("--num-layers", type=positive, help="instead of the model size's")
+    parser.add_argument("--hidden-size", type=positive, help="instead of the model size's")
+    parser.add_argument("--num-attention-heads", type=positive, help="instead of the model size's")
     parser.add_argument("--vocab-size", type=positive, help="default: 8,192 for 10M, else GPT-2's 50,257")
     parser.add_argument("--seq-length", type=positive, default=1024)
     parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto")
@@ -59,9 +59,9 @@ def model_of(arguments: argparse.Namespace) -> tuple[ModelConfig, int]:
         layers, hidden, heads = MODEL_SIZES[arguments.model_size]
         vocab_size = 50257
     config = ModelConfig(
-        num_layers=arguments.layers or layers,
-        hidden_size=arguments.hidden or hidden,
-        num_attention_heads=arguments.heads or heads,
+        num_layers=arguments.num_layers or layers,
+        hidden_size=arguments.hidden_size or hidden,
+        num_attention_heads=arguments.num_attention_heads or heads,
         seq_length=arguments.seq_length,
         attention_dropout=0.0,
         hidden_dropout=0.0,

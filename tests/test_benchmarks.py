@@ -30,16 +30,19 @@ from rivals import Rival, Rivals
 
 BENCHMARKS = Path(measure.__file__).parent
 MIB = 2**20
-TINY_MODEL = "--model-size 10M --layers 1 --hidden 32 --heads 2 --vocab-size 64 --seq-length 16 --repeats 1"
+TINY_MODEL = (
+    "--model-size 10M --num-layers 1 --hidden-size 32 --num-attention-heads 2 --vocab-size 64 --seq-length 16 "
+    "--repeats 1"
+)
 PROGRAMS: dict[str, tuple[str | list[str], list[str]]] = {
     "bench_train_step.py": (
         f"{TINY_MODEL} --contestants ours-eager lean-eager huggingface-eager",
         ["ours-eager", "lean-eager", "huggingface-eager"],
     ),
-    "bench_attention.py": ("--tokens 64 --heads 2 --head-dim 8 --lengths 8 64 --repeats 1", ["8", "64"]),
-    "bench_warmup.py": (f"{TINY_MODEL} --sequences 8 --figure {{directory}}/speed.png", ["8", "16"]),
+    "bench_attention.py": ("--tokens 64 --num-attention-heads 2 --head-dim 8 --lengths 8 64 --repeats 1", ["8", "64"]),
+    "bench_warmup.py": (f"{TINY_MODEL} --global-batch-size 8 --figure {{directory}}/speed.png", ["8", "16"]),
     "bench_run.py": (
-        f"{TINY_MODEL} --train-tokens 1K --sequences 4 --start 8 --warmup-iters 2",
+        f"{TINY_MODEL} --train-tokens 1K --global-batch-size 4 --seqlen-start 8 --seqlen-warmup-iters 2",
         ["baseline", "slw", "slw, fixed micro-batches"],
     ),
     "bench_preprocessing.py": (
@@ -48,11 +51,11 @@ PROGRAMS: dict[str, tuple[str | list[str], list[str]]] = {
     ),
     "bench_sample_index.py": ("--documents 2K --repeats 1", ["ours", "copying"]),
     "bench_loading.py": (
-        "--tokens 50K --seq-length 64 --seqlen 32 --sequences 4 --batches 2 --repeats 1",
+        "--tokens 50K --seq-length 64 --seqlen 32 --global-batch-size 4 --batches 2 --repeats 1",
         ["ours", "nanoGPT", "NumPy copying"],
     ),
     "bench_overhead.py": (
-        f"{TINY_MODEL} --eager --calls 1",
+        f"{TINY_MODEL} --compile off --calls 1",
         [
             "moment statistics",
             "losses by position: sums",
@@ -75,7 +78,7 @@ PROGRAMS: dict[str, tuple[str | list[str], list[str]]] = {
         ],
     ),
     "bench_zeroshot.py": (
-        "--layers 1 --hidden 64 --seq-length 32 --vocab-size 64 --windows 2 --repeats 1 --device cpu",
+        "--num-layers 1 --hidden-size 64 --seq-length 32 --vocab-size 64 --windows 2 --repeats 1 --device cpu",
         ["plain loop, fp32", "ours, fp32", "plain loop, bf16", "ours, bf16"],
     ),
     "bench_startup.py": (
@@ -161,8 +164,13 @@ def test_prints_a_row_for_each_contestant_and_writes_where_it_was_measured(
 @pytest.mark.parametrize(
     ("name", "arguments", "status", "message"),
     [
-        ("bench_train_step.py", "--micro-batch 3", 1, "error: --sequences 4 must be a multiple of --micro-batch 3"),
-        ("bench_warmup.py", "--start 2K", 1, "error: --start 2000 must be at most --seq-length 1024"),
+        (
+            "bench_train_step.py",
+            "--micro-batch-size 3",
+            1,
+            "error: --global-batch-size 4 must be a multiple of --micro-batch-size 3",
+        ),
+        ("bench_warmup.py", "--seqlen-start 2K", 1, "error: --seqlen-start 2000 must be at most --seq-length 1024"),
         ("bench_loading.py", "--seqlen 2048", 1, "error: --seqlen 2048 must be at most --seq-length 1024"),
         ("bench_loading.py", "--tokens 1K", 1, "error: --tokens 1,000 must be more than the 65,600 of a batch"),
         ("bench_sample_index.py", "--documents 0", 1, "--documents: expected a whole number from 1, found '0'"),
@@ -305,7 +313,7 @@ def test_all_loaders_predict_the_next_token(tmp_path: Path) -> None:
 
 def test_shares_of_a_longer_step_scale_what_grows_with_its_tokens(tmp_path: Path) -> None:
     arguments = argparse.Namespace(
-        model_size="m", sequences=10, seq_length=100, step_tokens=10_000, output=str(tmp_path / "out.json")
+        model_size="m", global_batch_size=10, seq_length=100, step_tokens=10_000, output=str(tmp_path / "out.json")
     )
     parts = [
         bench_overhead.Part("fixed", lambda: None),
