@@ -250,6 +250,26 @@ def test_bad_wikitext(loaded: Loaded, tmp_path: Path, content: bytes | None, fla
     assert "\n" not in str(caught.value)
 
 
+def test_a_text_that_is_too_long_is_found_before_the_weights_are_read(
+    model_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither a run's nor Hugging Face's are, nor are their digests looked at: here they are damaged."""
+    run, bare = tmp_path / "run", tmp_path / "bare"
+    save_weights(read_huggingface(model_directory), run)
+    shutil.copytree(model_directory, bare)
+    for weights in [*run.rglob("*.safetensors"), *bare.glob("*.safetensors")]:
+        weights.write_bytes(bytes(weights.stat().st_size))
+    long, short = write_lambada(tmp_path / "long", [LONG]), write_lambada(tmp_path / "short", ["a river"])
+    for model in (run, bare):
+        for data, message in ((long, r"long:1: has \d+ tokens, but the model reads 32"), (short, ".safetensors")):
+            words = ["--task", LAMBADA, "--load", str(model), "--valid-data", str(data)]
+            words += ["--vocab-file", str(model_directory / "vocab.json")]
+            words += ["--merge-file", str(model_directory / "merges.txt"), "--device", "cpu"]
+            monkeypatch.setattr(sys, "argv", ["evaluate_zeroshot.py", *words])
+            with pytest.raises(UserError, match=message):
+                runpy.run_path(str(ROOT / "tools" / "evaluate_zeroshot.py"))["main"]()
+
+
 def test_no_vocabulary_and_one_of_another_size(model_directory: Path, tmp_path: Path, loaded: Loaded) -> None:
     bare, data = tmp_path / "bare", wiki(tmp_path / "wiki.tokens")
     shutil.copytree(model_directory, bare, ignore=shutil.ignore_patterns("vocab.json", "merges.txt"))

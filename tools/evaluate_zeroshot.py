@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import functools
 import sys
 from pathlib import Path
 
@@ -22,13 +23,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron import old_flags
-from megatron.checkpointing.weights import DTYPES, require_apart
-from megatron.config import Config, TrainingConfig
+from megatron.checkpointing.weights import DTYPES, Vocabulary, require_apart
+from megatron.config import Config, ModelConfig, TrainingConfig
 from megatron.distributed.launch import connect, read_environment
 from megatron.errors import CommandLineError, run
-from megatron.evaluation.loading import load_model
+from megatron.evaluation.loading import load_model, require_tokenizer
 from megatron.evaluation.scoring import MICRO_BATCH_TOKENS
-from megatron.evaluation.zeroshot import ZeroShotConfig, evaluate, evaluate_harness
+from megatron.evaluation.zeroshot import Task, ZeroShotConfig, evaluate, evaluate_harness, prepare
 from megatron.flags import Parser, output_file, positive, some_path
 from megatron.instability.zeroshot_results import (
     LAMBADA,
@@ -153,13 +154,21 @@ def main() -> None:
     # One sequence a rank: they share nothing but the work.
     training = TrainingConfig(train_iters=1, global_batch_size=read_environment().size, device=given.device)
     with connect(Config(training=training)) as (world, _):
-        device = world.device.type
-        loaded = world.everywhere(lambda: load_model(given.load, tokenizer=tokenizer, device=device, dtype=given.dtype))
+        load = functools.partial(
+            load_model, given.load, tokenizer=tokenizer, device=world.device.type, dtype=given.dtype
+        )
         if given.task in (WIKITEXT, LAMBADA):
             names = [field.name for field in dataclasses.fields(ZeroShotConfig)]
-            settings = {name: value for name in names if (value := getattr(given, name)) is not None}
-            result = evaluate(loaded, ZeroShotConfig(**settings), world)
+            settings = ZeroShotConfig(**{name: value for name in names if (value := getattr(given, name)) is not None})
+            tasks: list[Task] = []
+
+            def before(model: ModelConfig, vocabulary: Vocabulary) -> None:
+                tasks.append(prepare(settings, model, require_tokenizer(vocabulary.tokenizer, given.load)))
+
+            loaded = world.everywhere(lambda: load(before=before))
+            result = evaluate(loaded, settings, world, tasks[0])
         else:
+            loaded = world.everywhere(load)
             result = evaluate_harness(
                 loaded,
                 given.task,

@@ -138,15 +138,16 @@ def read_back(path: Path, world: World, group: dist.ProcessGroup | None) -> None
         ) from error
 
 
-def load_checkpoint(path: Path, *, world: World = ALONE) -> Checkpoint:
+def load_checkpoint(path: Path, *, world: World = ALONE, tensors: bool = True) -> Checkpoint:
     """Check the checkpoint `path` and read all of it but the tensors. All ranks call it.
 
-    Every rank checks the sizes of the files, and the digests of its share of them. Raises UserError, on every rank,
-    that names the damaged file, what was expected and found, and an older checkpoint to use.
+    Every rank checks the sizes of the files, and the digests of its share of them; without `tensors` of those alone
+    that are read here, which is quick, and for a caller who checks the rest before using it. Raises UserError, on every
+    rank, that names the damaged file, what was expected and found, and an older checkpoint to use.
     """
     path = Path(path)
     try:
-        return _open(path, world)
+        return _open(path, world, tensors=tensors)
     except UserError as error:
         older = older_than(path)
         advice = (
@@ -158,9 +159,15 @@ def load_checkpoint(path: Path, *, world: World = ALONE) -> Checkpoint:
 
 
 def find_whole(
-    directory: Path, *, fallback: bool, world: World = ALONE, report: Report = lambda line: None
+    directory: Path,
+    *,
+    fallback: bool,
+    world: World = ALONE,
+    report: Report = lambda line: None,
+    tensors: bool = True,
 ) -> Checkpoint | None:
-    """The newest checkpoint in `directory`, or `directory` itself, read and checked as by `load_checkpoint`.
+    """The newest checkpoint in `directory`, or `directory` itself, read and checked as by `load_checkpoint`; `tensors`
+    is for it, where there is no `fallback`.
 
     All ranks call it. A directory without a manifest was never finished: it is passed over, with a line to `report` on
     rank 0, as are remainders. One that is damaged is refused; with `fallback` it is left behind, with a line that says
@@ -189,7 +196,7 @@ def find_whole(
 
     paths = [Path(path) for path in world.on_main(finished)]
     if not fallback or len(paths) <= 1:
-        return load_checkpoint(paths[0], world=world) if paths else None
+        return load_checkpoint(paths[0], world=world, tensors=tensors) if paths else None
     for path in paths:
         try:
             return _open(path, world)
@@ -220,15 +227,16 @@ def check_space(directory: Path, tensors: Mapping[str, Tensor]) -> None:
         )
 
 
-def _open(path: Path, world: World) -> Checkpoint:
+def _open(path: Path, world: World, *, tensors: bool = True) -> Checkpoint:
     """`load_checkpoint` without its advice."""
 
     def check() -> int:
         manifest = open_manifest(path)
-        check_digests(path, _share(manifest, world))
         for name in (STATE, CONFIG):
             if name not in manifest.files:
                 raise UserError(f"{path}: its manifest has no {name}, so it is not a checkpoint of a run")
+        own = _share(manifest, world) if tensors else {name: manifest.files[name] for name in (STATE, CONFIG)}
+        check_digests(path, own)
         return manifest.iteration
 
     def read() -> Checkpoint:

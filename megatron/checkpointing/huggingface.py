@@ -21,6 +21,7 @@ from megatron.checkpointing.tensors import storage_errors
 from megatron.checkpointing.weights import (
     NO_FLAGS,
     WORDS,
+    Before,
     Vocabulary,
     Weights,
     flags_over,
@@ -78,11 +79,13 @@ def is_huggingface(path: Path) -> bool:
     return (path / CONFIG).is_file()
 
 
-def read_huggingface(directory: Path, tokenizer: TokenizerConfig = NO_FLAGS) -> Weights:
+def read_huggingface(
+    directory: Path, tokenizer: TokenizerConfig = NO_FLAGS, before: Before = lambda *_: None
+) -> Weights:
     """The weights in a Hugging Face GPT-2 directory: safetensors, in one file or several, or pytorch_model.bin.
 
     Of a pickle only tensors are read (torch's weights_only), and no code in it is run. Where `tokenizer` names none,
-    the directory's is taken, if it has one.
+    the directory's is taken, if it has one. `before` is called before the weights are read.
 
     Raises:
         UserError: where config.json is not a GPT-2's, a file is missing or damaged, a tensor is missing, unexpected or
@@ -97,6 +100,7 @@ def read_huggingface(directory: Path, tokenizer: TokenizerConfig = NO_FLAGS) -> 
     settings = read_json(path)
     config, vocab_size = _config_from(settings, path)
     vocabulary = _vocabulary(directory, tokenizer, vocab_size)
+    before(config, vocabulary)
     found = {name.removeprefix("transformer."): tensor for name, tensor in _read_tensors(directory).items()}
     words, last = (
         _present(found, name, directory) for name in ("wte.weight", f"h.{config.num_layers - 1}.ln_1.weight")

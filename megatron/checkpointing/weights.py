@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor
 
 import megatron
 from megatron.arguments import read_config, yaml_value
-from megatron.checkpointing.checkpoint import CONFIG, Checkpoint, find_whole, save_checkpoint
+from megatron.checkpointing.checkpoint import CONFIG, Checkpoint, find_whole, load_checkpoint, save_checkpoint
 from megatron.checkpointing.commit import CHECKPOINTS, checkpoints_in
 from megatron.checkpointing.tensors import read_tensors
 from megatron.config import DataConfig, ModelConfig, TokenizerConfig
@@ -55,6 +55,10 @@ class Vocabulary:
     """The flags that name it."""
 
 
+Before = Callable[[ModelConfig, Vocabulary], object]
+"""What is done between reading what a model is and reading its weights; it may raise UserError."""
+
+
 @dataclass(frozen=True)
 class Weights:
     """All that makes up a model: shape, vocabulary, values."""
@@ -66,24 +70,27 @@ class Weights:
     source: Path
 
 
-def read_run(path: Path, tokenizer: TokenizerConfig = NO_FLAGS) -> Weights:
+def read_run(path: Path, tokenizer: TokenizerConfig = NO_FLAGS, before: Before = lambda *_: None) -> Weights:
     """The weights of a checkpoint of ours, saved in any layout.
 
     Args:
         path: a run, a directory of checkpoints (the newest is taken) or one checkpoint.
         tokenizer: flags that go before those of the run, as `flags_over` has it.
+        before: called before the large files are read, to find there what would make that vain.
 
     Raises:
         UserError: where there is no whole checkpoint, or the tokenizer is missing, changed or not the model's, or ends
             documents with another token than the run's data.
     """
-    checkpoint = find_weights(path)
+    checkpoint = find_weights(path, tensors=False)
     config = read_config(checkpoint.path / CONFIG, "model", "tokenizer", "data")
-    tensors = read_named(checkpoint.path)
     noted = checkpoint.state.get("settings", {}).get("tokenizer")
     flags = flags_over(tokenizer, config.tokenizer)
     given = named_vocabulary(flags) if names_vocabulary(tokenizer) else None
     vocabulary = given or _vocabulary_of(flags, config.data, checkpoint.path, noted)
+    before(config.model, vocabulary)
+    load_checkpoint(checkpoint.path)
+    tensors = read_named(checkpoint.path)
     shapes = parameter_shapes(config.model, vocabulary.size)
     if missing := sorted(shapes.keys() - tensors.keys()):
         raise UserError(f"{checkpoint.path}: expected the weights of a GPT-2, found none of {missing[0]}")
@@ -100,9 +107,12 @@ def read_run(path: Path, tokenizer: TokenizerConfig = NO_FLAGS) -> Weights:
     return Weights(config.model, vocabulary, tensors, checkpoint.path)
 
 
-def find_weights(path: Path) -> Checkpoint:
-    """The newest checkpoint of a run or a directory, or the one that `path` is. Raises UserError if there is none."""
-    checkpoint = find_whole(checkpoints_in(path), fallback=False)
+def find_weights(path: Path, *, tensors: bool = True) -> Checkpoint:
+    """The newest checkpoint of a run or a directory, or the one that `path` is. Raises UserError if there is none.
+
+    `tensors`: whether they are checked too.
+    """
+    checkpoint = find_whole(checkpoints_in(path), fallback=False, tensors=tensors)
     if checkpoint is None:
         raise UserError(f"--load {path}: no whole checkpoint found there; give a run, its checkpoints or one of them")
     return checkpoint

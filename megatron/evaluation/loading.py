@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from megatron.checkpointing.huggingface import is_huggingface, read_huggingface
-from megatron.checkpointing.weights import ASK, DTYPES, NO_FLAGS, build_model, read_run
+from megatron.checkpointing.weights import ASK, DTYPES, NO_FLAGS, Before, build_model, read_run
 from megatron.config import ModelConfig, TokenizerConfig
 from megatron.errors import UserError
 from megatron.model.cpu import keep_freed_memory
@@ -32,13 +32,23 @@ class Loaded:
 
     def require_tokenizer(self) -> Tokenizer:
         """The tokenizer. Raises UserError where there is none."""
-        if self.tokenizer is None:
-            raise UserError(f"{self.source} names no files of its tokenizer: {ASK}")
-        return self.tokenizer
+        return require_tokenizer(self.tokenizer, self.source)
+
+
+def require_tokenizer(tokenizer: Tokenizer | None, source: Path) -> Tokenizer:
+    """The tokenizer of the model `source`. Raises UserError where there is none."""
+    if tokenizer is None:
+        raise UserError(f"{source} names no files of its tokenizer: {ASK}")
+    return tokenizer
 
 
 def load_model(
-    path: Path, *, tokenizer: TokenizerConfig = NO_FLAGS, device: str = "auto", dtype: str = "fp32"
+    path: Path,
+    *,
+    tokenizer: TokenizerConfig = NO_FLAGS,
+    device: str = "auto",
+    dtype: str = "fp32",
+    before: Before = lambda *_: None,
 ) -> Loaded:
     """Read a model for evaluation.
 
@@ -48,6 +58,7 @@ def load_model(
         tokenizer: its flags; where they name none, what the run, its data or the Hugging Face directory says.
         device: auto, cpu or cuda; auto is CUDA where there is one.
         dtype: fp32, bf16 or fp16, of the weights and of what is computed with them.
+        before: called before the weights are read, which may take minutes.
 
     Raises:
         UserError: naming the flag or file: no whole model there, not a GPT-2, no such device, a tokenizer that is
@@ -59,7 +70,7 @@ def load_model(
         raise UserError(f"--dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no CUDA device is available; use --device cpu, or install torch for CUDA")
-    weights = (read_huggingface if is_huggingface(path) else read_run)(path, tokenizer)
+    weights = (read_huggingface if is_huggingface(path) else read_run)(path, tokenizer, before)
     place = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
     if place.type == "cpu":
         keep_freed_memory()

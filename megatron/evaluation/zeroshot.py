@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron.config import ModelConfig
 from megatron.console import ProgressLine
 from megatron.distributed.world import ALONE, World
 from megatron.errors import UserError
@@ -42,14 +43,15 @@ class ZeroShotConfig:
         return STRICT_LAMBADA if self.task == LAMBADA and self.strict_lambada else self.task
 
 
-def evaluate(loaded: Loaded, config: ZeroShotConfig, world: World = ALONE) -> dict[str, Any]:
+def evaluate(loaded: Loaded, config: ZeroShotConfig, world: World = ALONE, task: Task | None = None) -> dict[str, Any]:
     """The task's result, values that JSON can hold: its metrics, counts, seconds, and what they were measured on.
 
-    Progress goes to stderr. Raises UserError for a flag, a file or a model that does not fit.
+    `task` is what `prepare` made for this model; else it is made here. Progress goes to stderr. Raises UserError for a
+    flag, a file or a model that does not fit.
     """
     started = time.monotonic()
     # Every rank reads the file, and one of them says what is wrong with it.
-    task = world.everywhere(lambda: _prepare(loaded, config))
+    task = task or world.everywhere(lambda: prepare(config, loaded.config, loaded.require_tokenizer()))
     pieces = task.pieces
     tokens = sum(len(piece.tokens) - 1 for piece in pieces)
     passes = done = 0
@@ -93,7 +95,9 @@ def _model_of(loaded: Loaded) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class _Task:
+class Task:
+    """A file cut into what a model is to be asked."""
+
     pieces: list[Piece]
     metrics: Callable[[Scores], dict[str, Any]]
     """What the scores come to."""
@@ -101,9 +105,10 @@ class _Task:
     """What else belongs into the result."""
 
 
-def _prepare(loaded: Loaded, config: ZeroShotConfig) -> _Task:
-    tokenizer, positions = loaded.require_tokenizer(), loaded.config.positions
-    seq_length = loaded.config.seq_length if config.seq_length is None else config.seq_length
+def prepare(config: ZeroShotConfig, model: ModelConfig, tokenizer: Tokenizer) -> Task:
+    """The task for a model, whose weights it takes none of. Raises UserError for a flag or a file that does not fit."""
+    positions = model.positions
+    seq_length = model.seq_length if config.seq_length is None else config.seq_length
     if not 1 <= seq_length <= positions:
         raise UserError(f"--seq-length {seq_length} must be from 1 to the model's {positions} positions")
     if config.micro_batch_tokens < 1:
@@ -113,7 +118,7 @@ def _prepare(loaded: Loaded, config: ZeroShotConfig) -> _Task:
     return task
 
 
-def _wikitext(config: ZeroShotConfig, tokenizer: Tokenizer, seq_length: int) -> _Task:
+def _wikitext(config: ZeroShotConfig, tokenizer: Tokenizer, seq_length: int) -> Task:
     stride = config.overlapping_eval
     if not 1 <= stride <= seq_length:
         raise UserError(
@@ -123,10 +128,10 @@ def _wikitext(config: ZeroShotConfig, tokenizer: Tokenizer, seq_length: int) -> 
     tokens, words = read_wikitext(config.valid_data, tokenizer)
     pieces = windows(tokens, seq_length, stride)
     counts = {"windows": len(pieces), "overlapping_eval": stride}
-    return _Task(pieces, lambda scores: perplexities(scores, len(tokens), words), counts)
+    return Task(pieces, lambda scores: perplexities(scores, len(tokens), words), counts)
 
 
-def _lambada(config: ZeroShotConfig, tokenizer: Tokenizer, seq_length: int) -> _Task:
+def _lambada(config: ZeroShotConfig, tokenizer: Tokenizer, seq_length: int) -> Task:
     pieces, truncated = [], 0
     for example in read_lambada(config.valid_data):
         piece, cut = piece_of(
@@ -134,4 +139,4 @@ def _lambada(config: ZeroShotConfig, tokenizer: Tokenizer, seq_length: int) -> _
         )
         pieces.append(piece)
         truncated += cut
-    return _Task(pieces, accuracies, {"truncated": truncated})
+    return Task(pieces, accuracies, {"truncated": truncated})
