@@ -15,6 +15,7 @@ import struct
 import subprocess
 import sys
 import termios
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -127,9 +128,11 @@ class TestRun:
         run = looked_at(home)
         assert run.state.word == "waiting"
         assert shown(run)[0].endswith("  waiting")
+        home.mkdir()
+        assert shown(run)[1:] == textwrap.wrap(f"waiting: there is no {home / 'metrics.jsonl'} yet", 60)
         with MetricsLogger(home) as logger:
             run.look()
-            assert run.state.word == "starting"
+            assert shown(run)[0].endswith("  starting") and shown(run)[1:] == ["starting: no step yet"]
             logger.log_step({"iteration": 1, "consumed_tokens": 64, "loss": 5.0, "seqlen": 8})
             run.look()
             assert run.state.word == "running"
@@ -143,13 +146,15 @@ class TestRun:
             os.utime(log, (time.time(), time.time() - 3600 * hours - 20))
             assert run.state.detail == f"last written {words} ago"
         os.utime(log, (time.time(), time.time() - 185))
+        (home / "config.yaml").write_text("train-tokens: 1000\nlr: 1e-3\n")
+        assert "tokens 6%" in shown(looked_at(home))[1] and "ETA" not in shown(looked_at(home))[1]
         lines = shown(run)
         assert lines[0].endswith("  last written 3 minutes ago")
         assert lines[1:] == ["64 tokens", "step 1  loss 5.0000  seqlen 8  validation loss 4.5000", "spikes 1"]
         for status, reason in (("stopped", "SIGTERM"), ("diverged", "step 2: the loss is nan"), ("finished", None)):
             (home / "exit.json").write_text(json.dumps({"status": status, "iteration": 1, "reason": reason}))
             assert run.state == (status, reason)
-            assert (shown(run)[-1] == reason) == (reason is not None)
+            assert (shown(run)[-1] == f"{status}: {reason}") == (reason is not None)
         (home / "exit.json").write_text("{")
         assert run.state.word == "unreadable"
         assert "exit.json: expected" in " ".join(shown(run))
@@ -232,10 +237,14 @@ def test_lines_fit_the_terminal(runs: list[WatchedRun], width: int, height: floa
 
 def test_small_screens_lose_curves_first_and_then_runs(runs: list[WatchedRun]) -> None:
     tall, low, lowest = (shown(*runs, width=80, height=height) for height in (40, 8, 5))
-    assert sum(line.startswith("seqlen") for line in tall) == 3 and "▁▁▂▂▃▃" in "\n".join(tall)
+    assert sum(line.startswith("loss  ") for line in tall) == 3
+    assert sum(line.startswith("seqlen") for line in tall) == 2, "one that has been the same throughout has no curve"
+    assert "▁▁▂▂▃▃" in "\n".join(tall)
     assert [line.split()[-1] for line in low[::2]] == ["running"] * 3 + ["waiting"]
     assert all("slw" in line for line in lowest[2:3]) and lowest[-1] == "and 2 more"
-    assert any(re.search(r"█+░+  5\d\dK/1.00M tokens 5\d%  ETA ", line) for line in low)
+    assert any(re.search(r"█+░+  5\d\dK/1.00M tokens 5\d%  ETA \d\d:\d\d  loss \d\.\d{4}$", line) for line in low)
+    assert re.fullmatch(r"5\d\dK tokens  loss \d\.\d{4}", low[1])
+    assert low[7].startswith("waiting: there is no directory ")
     assert low[0].startswith("..")  # of a long path the end is what tells runs apart
 
 
@@ -256,11 +265,11 @@ def test_into_a_pipe_it_prints_once_without_colours(
     monkeypatch.setenv("COLUMNS", "60")
     home = write_losses(tmp_path / "slw", [4.0, 3.0], seqlen=[8, 16])
     monkeypatch.chdir(tmp_path)
-    program("slw", home / "metrics.jsonl", "nowhere")
+    program("slw/", home / "metrics.jsonl", "nowhere")
     lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
     assert lines[0] == f"{'slw':53}running"
     assert lines[4].split() == ["loss", "█▁", "3", "to", "4"]
-    assert lines[-1] == "for nowhere/metrics.jsonl (no such directory yet)"
+    assert lines[-1] == "waiting: there is no directory nowhere yet"
     assert not any("\x1b" in line for line in lines)
 
 

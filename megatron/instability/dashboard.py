@@ -45,7 +45,7 @@ LABEL, RANGE = 8, 18
 
 
 class Dashboard:
-    """All runs; those that do not fit the screen lose first their curves, then their place."""
+    """All runs; where they do not fit the screen each is in brief, and then the last ones lose their place."""
 
     def __init__(self, runs: Sequence[WatchedRun], *, whole: bool = False) -> None:
         """`whole`: of any height, for a file or for what stays on the terminal."""
@@ -78,16 +78,16 @@ def run_lines(run: WatchedRun, width: int, *, brief: bool, ascii_only: bool) -> 
     room = max(8, width - len(word) - 2)
     name = run.name if len(run.name) <= room else ".." + run.name[2 - room :]
     lines = [Text.assemble((name, "bold"), " " * max(2, width - len(name) - len(word)), (word, STYLES[state.word]))]
+    detail = f"{state.word}: {state.detail}" if state.detail and state.word != "silent" else ""
     if step is not None:
-        lines.append(_progress(run, width, moving=state.word in ("running", "silent"), ascii_only=ascii_only))
+        lines.append(_progress(run, width, moving=state.word == "running", brief=brief, ascii_only=ascii_only))
     elif brief:
-        lines.append(Text(state.detail or "", style="dim"))
+        lines.append(Text(detail, style=STYLES[state.word]))
     if not brief:
         lines += [Text(line) for line in _filled(_fields(run), width)] if step is not None else []
         for label, history in (("loss", run.loss), ("seqlen", run.seqlen)):
             lines += _curve(label, history, width, ascii_only=ascii_only)
-        if state.detail and state.word != "silent":
-            lines += [Text(line, style=STYLES[state.word]) for line in textwrap.wrap(state.detail, width)]
+        lines += [Text(line, style=STYLES[state.word]) for line in textwrap.wrap(detail, width)]
     for line in lines:
         line.no_wrap, line.overflow = True, "crop"
         line.truncate(width)
@@ -121,15 +121,17 @@ def sparkline(values: Sequence[float], *, ascii_only: bool = False) -> str:
     return "".join(blocks[round((value - low) * scale)] if math.isfinite(value) else "x" for value in values)
 
 
-def _progress(run: WatchedRun, width: int, *, moving: bool, ascii_only: bool) -> Text:
-    """The bar, tokens, and the time left while it goes on."""
-    tokens, share = number(run.step, "consumed_tokens"), run.share
+def _progress(run: WatchedRun, width: int, *, moving: bool, brief: bool, ascii_only: bool) -> Text:
+    """The bar, tokens, and the time left while it goes on; in brief the loss too, which else stands below."""
+    tokens, share, loss = number(run.step, "consumed_tokens"), run.share, number(run.step, "loss")
     words = format_count(tokens) if tokens is not None else "?"
+    ending = f"  loss {loss:.4f}" if brief and loss is not None else ""
     if share is None or run.goal is None:
-        return Text(f"{words} tokens")
+        return Text(f"{words} tokens{ending}")
     words = f"{words}/{format_count(run.goal)} tokens {math.floor(100 * share)}%"
     if moving:
         words += f"  ETA {format_duration(run.seconds_left)}"
+    words += ending
     room = max(0, min(40, width - len(words) - 2))
     done = int(room * share)
     full, empty = ("#", ".") if ascii_only else ("█", "░")
@@ -156,9 +158,9 @@ def _filled(parts: Sequence[str], width: int) -> list[str]:
 
 
 def _curve(label: str, history: History, width: int, *, ascii_only: bool) -> list[Text]:
-    """A sparkline with the range of the values; nothing before there are two."""
+    """A sparkline with the range of the values; nothing as long as they are all the same."""
     values = history.stretches(max(1, width - LABEL - RANGE))
-    if len(values) < 2:
+    if len(set(values)) < 2:
         return []
     ends = dict.fromkeys(f"{value:.4g}" for value in (history.least, history.largest) if math.isfinite(value))
     curve = sparkline(values, ascii_only=ascii_only)

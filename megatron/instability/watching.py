@@ -133,8 +133,8 @@ class WatchedRun:
 
     def __init__(self, path: Path | str) -> None:
         """`path`: its --save directory, or the metrics.jsonl itself; neither need exist yet."""
-        self.name = str(path)
         path = Path(path)
+        self.name = str(path)
         log = path if path.suffix == ".jsonl" and not path.is_dir() else path / METRICS_FILE
         self._tail = LogTail(log)
         self._config = log.with_name("config.yaml")
@@ -193,15 +193,15 @@ class WatchedRun:
         if self._tail.behind:
             return State("reading")
         if not self._tail.path.exists() and not has_begun(self._tail.path.parent):
-            missing = "" if self._tail.path.parent.is_dir() else " (no such directory yet)"
-            return State("waiting", f"for {self._tail.path}{missing}")
+            missing = self._tail.path if self._tail.path.parent.is_dir() else f"directory {self._tail.path.parent}"
+            return State("waiting", f"there is no {missing} yet")
         try:
             found = read_state(self._tail.path, stepped=self.step is not None)
         except UserError as error:
             return State("unreadable", str(error))
         if found.silent is not None and found.silent >= SILENT_SECONDS:
             return State("silent", f"last written {_ago(found.silent)} ago")
-        return State(found.status, found.reason)
+        return State(found.status, "no step yet" if found.status == "starting" else found.reason)
 
     @property
     def share(self) -> float | None:
