@@ -276,3 +276,13 @@ def format_duration(seconds: float | None) -> str:
     if days:
         return f"{days}d {hour:02}:{minute:02}:{second:02}"
     return f"{hour}:{minute:02}:{second:02}" if hour else f"{minute:02}:{second:02}"
+
+
+def repetition(trained: int | None, corpus: int) -> list[str]:
+    """A note where a run of `trained` tokens reads a corpus of `corpus` training tokens twice or more."""
+    if not trained or trained < 2 * corpus:
+        return []
+    return [
+        f"{format_count(trained)} tokens are {format_count(trained / corpus)} passes over the {format_count(corpus)} "
+        "of this corpus: watch the validation loss, which rises once they are learnt by heart"
+    ]

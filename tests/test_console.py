@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron.console import ProgressLine, format_count, format_duration
+from megatron.console import ProgressLine, format_count, format_duration, repetition
 
 
 class Terminal(io.StringIO):
@@ -262,3 +262,9 @@ def test_silent_on_other_ranks() -> None:
         line.message("hello")
         line.validation({"iteration": 1, "loss": 1.0})
     assert out.getvalue() == ""
+
+
+def test_a_run_that_reads_its_corpus_again_and_again_says_so() -> None:
+    assert repetition(1_999, 1_000) == repetition(None, 1_000) == []
+    (note,) = repetition(2_000_000, 32_000)
+    assert note.startswith("2.00M tokens are 62 passes over the 32.0K of this corpus: watch the validation loss")

@@ -13,7 +13,7 @@ from megatron.config import Config, SeqlenWarmupConfig, TokenizerConfig, Trainin
 from megatron.distributed.world import World
 from megatron.pacing.plan import look_ahead, plan_run
 from megatron.progress import Progress
-from megatron.training.description import describe, end, learning_rate, precision, repetition, warnings
+from megatron.training.description import describe, end, learning_rate, precision, warnings
 
 LINEAR = "--seqlen-warmup linear --seqlen-start 8 --seqlen-warmup-iters 1200"
 
@@ -138,9 +138,3 @@ def test_a_resume_with_another_curve_under_the_same_name_is_told() -> None:
     assert "would have had" not in told[1]
     skipped = notes(config, Progress(5, 12, tokens + 16))
     assert not any("would have had" in note for note in skipped)
-
-
-def test_a_run_that_reads_its_corpus_again_and_again_says_so():
-    assert repetition(1_999, 1_000) == repetition(None, 1_000) == []
-    (note,) = repetition(2_000_000, 32_000)
-    assert note.startswith("2.00M tokens are 62 passes over the 32.0K of this corpus: watch the validation loss")

@@ -16,6 +16,7 @@ from megatron.data.indexed_dataset import Sidecar
 from megatron.data.indexed_writer import IndexedDatasetWriter
 from megatron.model.plan import plan_table, plan_totals
 from megatron.pacing.plan import lr_warmup_iterations, plan_run, reaches_full_length, sample_steps
+from tools import plan_run as plan_tool
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "recipes"
@@ -117,3 +118,21 @@ def test_the_vocabulary_is_the_datas_or_said_to_be_assumed(tmp_path):
 def test_mixed_pacing_reaches_full_length_again_and_again():
     table = run_tool("--config", str(RECIPES / "gpt2-1.5b-b4k-first10k-mixed.yaml")).stdout
     assert "step 901 for the first time: 128:900,1024:100, again and again" in table
+
+
+def test_passes_over_a_corpus_that_is_there_are_told(tmp_path, capsys, monkeypatch):
+    """Of three documents of 60 tokens the first two are for training."""
+    flags = ["--seq-length", "8", "--global-batch-size", "1", "--vocab-size", "9", "--split", "2,1"]
+    data = tmp_path / "toy_text_document"
+    with IndexedDatasetWriter(data, np.uint16) as writer:
+        for _ in range(3):
+            writer.add_document(np.arange(60) % 9)
+
+    def told(steps: int, *more: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["plan_run.py", *flags, "--train-iters", str(steps), *more])
+        assert plan_tool.main() == 0
+        return capsys.readouterr().out.rpartition("\n\n")[2]
+
+    assert told(30, "--data-path", str(data)).startswith("note: 240 tokens are 2 passes over the 120 of this corpus")
+    for quiet in (told(29, "--data-path", str(data)), told(30), told(30, "--data-path", str(tmp_path / "missing"))):
+        assert "passes" not in quiet

@@ -11,6 +11,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron.arguments import build_parser, parse_config
+from megatron.console import repetition
+from megatron.data.datasets import training_tokens
 from megatron.data.vocabulary import vocabulary_size
 from megatron.errors import EXIT_FAILURE, EXIT_FINISHED, run
 from megatron.flags import Parser, positive, positive_number
@@ -69,7 +71,9 @@ def main() -> int:
     if arguments.json:
         print(json.dumps(totals | {"memory": memory}))
     else:
-        print(*tables, memory_table(memory), sep="\n\n")
+        corpus = training_tokens(config.data)
+        notes = [] if corpus is None else repetition(totals["consumed_tokens"], corpus)
+        print(*tables, memory_table(memory), *(f"note: {text}" for text in notes), sep="\n\n")
     return EXIT_FINISHED if memory.get("fits", True) else EXIT_FAILURE
 
 

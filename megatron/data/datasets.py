@@ -10,10 +10,10 @@ from megatron.config import Config, DataConfig
 from megatron.data.blending import BlendedDataset, parse_data_path
 from megatron.data.gpt2_dataset import Dataset, GPT2Dataset
 from megatron.data.index_cache import LOCK_SECONDS
-from megatron.data.indexed_dataset import IndexedDataset
+from megatron.data.indexed_dataset import IndexedDataset, paths_of
 from megatron.data.sample_index import order_version
 from megatron.data.splits import NAMES, parse_split, split_documents
-from megatron.data.vocabulary import Vocabulary, find_vocabulary
+from megatron.data.vocabulary import Vocabulary, find_vocabulary, prefixes_of
 from megatron.errors import UserError
 
 
@@ -107,6 +107,21 @@ def build_datasets(
         notes=tuple(notes),
         num_tokens=(totals[0], totals[1], totals[2]),
     )
+
+
+def training_tokens(config: DataConfig) -> int | None:
+    """Tokens of all corpora in training; None where no --data-path is given or its files are not all there.
+
+    Raises UserError for a corpus that is damaged, or a --split that makes no sense.
+    """
+    prefixes = prefixes_of(config)
+    if not prefixes or not all(path.exists() for prefix in prefixes for path in paths_of(prefix)[:2]):
+        return None
+    tokens = 0
+    for lengths in (IndexedDataset(prefix).document_lengths for prefix in prefixes):
+        documents = split_documents(config.split, len(lengths))[0]
+        tokens += int(lengths[documents.start : documents.stop].sum())
+    return tokens
 
 
 def _few_documents(corpus: IndexedDataset, split: str, name: str) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import get_args
 
 from megatron.config import Config, TrainingConfig
-from megatron.console import format_count
+from megatron.console import format_count, repetition
 from megatron.data.datasets import Datasets
 from megatron.distributed.world import World
 from megatron.growth import Growth
@@ -37,16 +37,6 @@ def warnings(config: Config, progress: Progress, outlook: Outlook) -> list[str]:
                 f"had {planned.consumed_tokens:,} with the pacing as it is now: its settings or its code have changed"
             )
     return notes
-
-
-def repetition(trained: int | None, corpus: int) -> list[str]:
-    """A note where a run of `trained` tokens reads a corpus of `corpus` training tokens twice or more."""
-    if not trained or trained < 2 * corpus:
-        return []
-    return [
-        f"{format_count(trained)} tokens are {format_count(trained / corpus)} passes over the {format_count(corpus)} "
-        "of this corpus: watch the validation loss, which rises once they are learnt by heart"
-    ]
 
 
 def describe(config: Config, datasets: Datasets, vocab_size: int, world: World, progress: Progress) -> str:
