@@ -280,7 +280,7 @@ def format_duration(seconds: float | None) -> str:
 
 def repetition(trained: int | None, corpus: int) -> list[str]:
     """A note where a run of `trained` tokens reads a corpus of `corpus` training tokens twice or more."""
-    if not trained or trained < 2 * corpus:
+    if not trained or not corpus or trained < 2 * corpus:
         return []
     return [
         f"{format_count(trained)} tokens are {format_count(trained / corpus)} passes over the {format_count(corpus)} "
