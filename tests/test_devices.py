@@ -1,13 +1,14 @@
 """A few steps in every precision, eager and compiled: on the CPU where it can, and on a GPU with `-m gpu`."""
 
 import shutil
+import sysconfig
 
 import pytest
 import torch
 
 from megatron.config import ModelConfig, OptimizerConfig, ParallelConfig, TrainingConfig
 from megatron.data.batch import Batch
-from megatron.distributed.parallelize import parallelize, place
+from megatron.distributed.parallelize import missing_for_compile, parallelize, place
 from megatron.distributed.world import World
 from megatron.optimizer.adamw import build_optimizer
 from megatron.optimizer.loss_scale import LossScaler
@@ -65,3 +66,21 @@ def test_every_precision_trains_like_fp32_on_the_cpu(reference, device, precisio
     got = losses(device, precision, compiled)
     assert got == pytest.approx(reference, rel=1e-3 if precision == "fp32" else 3e-2)
     assert got[-1] < got[0] - 0.3
+
+
+def test_what_the_compiler_needs_is_looked_for(monkeypatch, tmp_path):
+    found = {"gcc", "g++"}
+    headers = tmp_path / "include"
+    headers.mkdir()
+    monkeypatch.setattr(shutil, "which", lambda name: name if name in found else None)
+    monkeypatch.setattr(sysconfig, "get_path", lambda _: str(headers))
+    monkeypatch.delenv("CC", raising=False)
+    assert missing_for_compile(on_gpu=False) is None
+    assert missing_for_compile(on_gpu=True) == f"Python.h found in {headers} (python3-dev)"
+    (headers / "Python.h").touch()
+    assert missing_for_compile(on_gpu=True) is None
+    found.clear()
+    assert missing_for_compile(on_gpu=False) == "C++ compiler found (g++)"
+    assert missing_for_compile(on_gpu=True) == "C compiler found (gcc)"
+    monkeypatch.setenv("CC", "icx")
+    assert missing_for_compile(on_gpu=True) is None

@@ -87,6 +87,20 @@ def test_every_local_rank_has_a_gpu_of_its_own(monkeypatch):
         choose_device(training, 2)
 
 
+def test_attention_on_a_gpu_plans_nothing_for_each_length(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    was = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        choose_device(TrainingConfig(train_iters=1, device="cpu"))
+        assert torch.backends.cuda.cudnn_sdp_enabled()
+        choose_device(TrainingConfig(train_iters=1))
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(was)
+
+
 def test_ranks_with_and_without_a_gpu_do_not_start():
     store = dist.HashStore()
     store.set("device/1", "cpu")

@@ -1,6 +1,7 @@
 """The model against Hugging Face's GPT-2 on the same weights: logits, loss and every gradient."""
 
 import math
+import shutil
 from collections import Counter
 
 import pytest
@@ -19,6 +20,7 @@ from megatron.model.initialisation import initialise
 transformers = pytest.importorskip("transformers")
 
 VOCAB = 300
+NO_COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on the CPU")
 
 
 def small(**settings) -> ModelConfig:
@@ -232,11 +234,8 @@ def test_parameter_count_and_flops_against_the_model():
     assert ours == counter.get_total_flops()
 
 
+@NO_COMPILER
 def test_any_length_compiles_without_one_compilation_a_length():
-    import shutil
-
-    if shutil.which("g++") is None:
-        pytest.skip("torch.compile needs g++ on the CPU")
     import torch._dynamo
 
     torch._dynamo.reset()
@@ -251,3 +250,24 @@ def test_any_length_compiles_without_one_compilation_a_length():
         got, want = model.loss(model(tokens[:, :-1]), labels), eager.loss(eager(tokens[:, :-1]), labels)
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # a block and the loss
+
+
+@NO_COMPILER
+@pytest.mark.parametrize("granularity", ["none", "selective", "full"])
+def test_a_compiled_block_drops_the_same_in_both_passes(granularity):
+    """Its gradient, by a directional derivative; with a memory budget the backward pass computes things again."""
+    torch._dynamo.reset()
+    model = build(small(num_layers=1, hidden_dropout=0.5, attention_dropout=0.5)).train()
+    training = TrainingConfig(train_iters=1, compile="on", recompute_granularity=granularity)
+    assert compile_model(model, torch.device("cpu"), training, print)
+    recompute(model, granularity, compiled=True)
+    generator = torch.Generator().manual_seed(0)
+    x, direction, weights = (torch.randn(64, 48, generator=generator) for _ in range(3))
+
+    def value(at: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(5)
+        return (model.blocks[0](at.requires_grad_(), 4, 16, None) * weights).sum()
+
+    value(x).backward()
+    by_difference = (value(x.detach() + 1e-2 * direction) - value(x.detach() - 1e-2 * direction)) / 2e-2
+    assert float((x.grad * direction).sum()) == pytest.approx(by_difference.item(), rel=1e-3)

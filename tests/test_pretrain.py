@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from whole_runs import log_of, toy_corpus
 
 from megatron.config import CheckpointConfig
@@ -141,6 +142,22 @@ def test_killed_in_the_warmup_and_resumed_is_the_same_run(corpus, straight, tmp_
     assert again.returncode == 0, again.stderr
     assert log_of(home) == log_of(straight)
     assert checkpoint_files(home, 20) == checkpoint_files(straight, 20)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["--bf16", "--fp16"])
+def test_stopped_and_resumed_on_a_gpu_is_the_same_run(corpus, tmp_path, precision):
+    """With dropout, compiled, saved in the background."""
+    whole, home = tmp_path / "whole", tmp_path / "run"
+    arguments = ["--train-iters", "20", "--deterministic", "--async-save", "--initial-loss-scale", "1024", precision]
+    assert run(corpus, *arguments, "--save", str(whole)).returncode == 0
+    first = run(corpus, *arguments, "--save", str(home), "--exit-interval", "9")
+    assert first.returncode == 75, first.stderr
+    second = run(corpus, *arguments, "--save", str(home), "--load", str(home))
+    assert second.returncode == 0, second.stderr
+    assert log_of(home) == log_of(whole)
+    assert checkpoint_files(home, 20) == checkpoint_files(whole, 20)
 
 
 @pytest.mark.parametrize("realisation", ["truncate", "reshape", "window"])

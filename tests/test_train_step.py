@@ -328,3 +328,16 @@ def test_reserving_memory_changes_nothing():
     assert torch.equal(torch.get_rng_state(), state)
     assert all(p.grad is None for p in model.parameters())
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    other = model_of(dropout=0.5)
+    for stepping in (step, stepper(other)):
+        torch.manual_seed(1)
+        stepping(Batch.from_samples(samples(12)), StepPlan(16, 12, 1e-2))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_reserving_memory_makes_the_moments_that_stay():
+    step = stepper(model_of())
+    step.reserve_memory(Batch.from_samples(samples(12)))
+    made = {id(step.optimizer.state[p]["exp_avg_sq"]) for p in step.model.parameters()}
+    step(Batch.from_samples(samples(12)), StepPlan(16, 12, 1e-2))
+    assert {id(step.optimizer.state[p]["exp_avg_sq"]) for p in step.model.parameters()} == made

@@ -52,8 +52,17 @@ def restore(model: nn.Module, optimizer: Optimizer | None, path: Path, *, world:
     world.everywhere(check)
     world.everywhere(lambda: read_into(path, table))
     if optimizer is not None:
-        for parameter, state in fresh.items():
-            optimizer.state[parameter] = state
+        _remember(optimizer, fresh)
+
+
+def start_moments(model: nn.Module, optimizer: Optimizer) -> None:
+    """Give AdamW the moments that it starts from, and would make in its first step."""
+    _remember(optimizer, _table(model, optimizer)[1])
+
+
+def _remember(optimizer: Optimizer, fresh: dict[nn.Parameter, dict[str, Tensor]]) -> None:
+    for parameter, state in fresh.items():
+        optimizer.state[parameter] = state
 
 
 def require_fit(destination: Mapping[str, Tensor], stored: Mapping[str, TensorStorageMetadata]) -> None:

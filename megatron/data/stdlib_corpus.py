@@ -70,6 +70,9 @@ def _docstrings(module: ModuleType) -> Iterator[str]:
         yield inspect.cleandoc(module.__doc__)
     seen: set[str] = set()
     for name, value in sorted(vars(module).items()):
+        home = str(getattr(value, "__module__", None) or module.__name__)
+        if home.partition(".")[0] not in sys.stdlib_module_names:  # sys.excepthook and the like may be anybody's
+            continue
         members = [(name, value)]
         if inspect.isclass(value):
             members += [(f"{name}.{n}", v) for n, v in sorted(vars(value).items())]

@@ -82,7 +82,7 @@ def under_torchrun() -> bool:
 
 
 def choose_device(training: TrainingConfig, local_rank: int = 0) -> torch.device:
-    """The device that --device names, for this process.
+    """The device that --device names, for this process, made ready for shapes that change.
 
     Raises:
         UserError: where it is not there, or cannot do the precision asked for.
@@ -99,6 +99,9 @@ def choose_device(training: TrainingConfig, local_rank: int = 0) -> torch.device
             f"local rank {local_rank} has no GPU: the node has {torch.cuda.device_count()}; give torchrun an "
             "--nproc-per-node of at most that, or --device cpu"
         )
+    # cuDNN's attention plans anew, for a good part of a second, at each number of sequences and length: in a warmup,
+    # and at each token that is generated. FlashAttention does not.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     return torch.device("cuda", local_rank)
 
 

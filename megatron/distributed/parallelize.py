@@ -6,9 +6,12 @@ around both. A process by itself takes the same road; only the first and the las
 
 from __future__ import annotations
 
+import os
 import shutil
+import sysconfig
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,13 +56,17 @@ def compile_model(model: GPT2Model, device: torch.device, training: TrainingConf
     on_gpu = device.type == "cuda"
     if training.compile == "off" or (training.compile == "auto" and not on_gpu):
         return False
-    if not on_gpu and shutil.which("g++") is None and shutil.which("clang++") is None:
-        report("--compile on: no C++ compiler found (g++), which torch.compile needs on the CPU; running eagerly")
+    if lacking := missing_for_compile(on_gpu=on_gpu):
+        where = "a GPU" if on_gpu else "a CPU"
+        report(f"--compile {training.compile}: no {lacking}, which torch.compile needs on {where}; running eagerly")
         return False
     # Without this a number of tokens that happens to equal the hidden size is taken for it, and compiled for anew.
     torch.fx.experimental._config.use_duck_shape = False
     selective = training.recompute_granularity == "selective"
     torch._functorch.config.activation_memory_budget = SELECTIVE_MEMORY_BUDGET if selective else 1.0
+    from megatron.distributed.keep_random import keep_random  # noqa: PLC0415  (a second's import, for those who compile)
+
+    keep_random(selective)
     if hasattr(torch._functorch.config, "unsafe_treat_script_objects_as_zero_size"):
         # The budget asks for the size of all inputs; those that are no tensors are process groups.
         torch._functorch.config.unsafe_treat_script_objects_as_zero_size = True
@@ -74,6 +81,16 @@ def compile_model(model: GPT2Model, device: torch.device, training: TrainingConf
         block.forward = torch.compile(block.forward, dynamic=True, fullgraph=whole)
     model.head.loss = torch.compile(model.head.loss, dynamic=True, fullgraph=True)  # type: ignore[method-assign]
     return True
+
+
+def missing_for_compile(*, on_gpu: bool) -> str | None:
+    """What of a compiler's tool chain this machine lacks for torch.compile, in words; None where all is there."""
+    if not on_gpu:
+        return None if shutil.which("g++") or shutil.which("clang++") else "C++ compiler found (g++)"
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "C compiler found (gcc)"
+    headers = Path(sysconfig.get_path("include"))
+    return None if (headers / "Python.h").is_file() else f"Python.h found in {headers} (python3-dev)"
 
 
 def recompute(model: GPT2Model, granularity: str, *, compiled: bool) -> None:

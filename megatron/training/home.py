@@ -168,6 +168,8 @@ def layout_name(config: Config, world: World) -> str:
         )
     if parallel.grad_reduce_in_bf16:
         parts.append("gradients reduced in bf16")
+    if world.device.type == "cuda":
+        parts.append("on GPUs")
     return ", ".join(parts)
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron.checkpointing.state import start_moments
 from megatron.config import OptimizerConfig, ParallelConfig, TrainingConfig
 from megatron.data.batch import Batch
 from megatron.distributed.parallelize import before_backward
@@ -197,10 +198,12 @@ class TrainStep:
         return own * layout.dp if batch.loss_mask is None else self.world.total(own) // layout.tp
 
     def reserve_memory(self, batch: Batch) -> None:
-        """Run one full-length micro-batch of `batch`, updating nothing, so that the allocator grows before step 1.
+        """Make Adam's moments and run one full-length micro-batch of `batch`, updating nothing, so that the allocator
+        grows before step 1, for what stays before what does not.
 
         Short steps first would leave the GPU's memory in pieces. Draws nothing from the generators.
         """
+        start_moments(self.model, self.optimizer)
         device = self.world.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             self._backward(next(self._micro_batches(batch, batch.seqlen)), batch.seqlen, batch.seqlen)
