@@ -8,9 +8,14 @@ __version__ = "0.1.0"
 
 
 def _end_quietly(kind: type[BaseException], value: BaseException, trace: TracebackType | None) -> None:
-    """Say of Ctrl-C what `errors.run` says of it, which is only reached when torch has been imported."""
+    """Say of Ctrl-C what `errors.run` says of it, which is only reached when torch has been imported; and of a package
+    that is missing where it may be."""
+    missing = isinstance(value, ModuleNotFoundError) and value.name
     if issubclass(kind, KeyboardInterrupt):
         print("error: interrupted", file=sys.stderr)
+    elif missing and not missing.startswith("megatron"):
+        where = "`source .venv/bin/activate`, which scripts/quickstart.sh makes, or install what pyproject.toml lists"
+        print(f"error: the Python package {missing} is not installed for {sys.executable}: {where}", file=sys.stderr)
     else:
         sys.__excepthook__(kind, value, trace)
 

@@ -61,7 +61,7 @@ class ProgressLine:
         `silent` (ranks other than 0) makes every method do nothing. `stream` defaults to standard output.
         """
         self._name = name
-        self._target = target_tokens
+        self.target_tokens = target_tokens
         self._full_batch = full_batch or 0
         self._log_interval = log_interval
         self._silent = silent
@@ -133,7 +133,7 @@ class ProgressLine:
     def seconds_left(self) -> float | None:
         """Seconds of wall time until the target, at the recent pace, with what evaluation and saving add."""
         steps = list(self._steps())
-        if self._target is None or self._first is None or not steps:
+        if self.target_tokens is None or self._first is None or not steps:
             return None
         most = STALL * median(step.seconds / step.tokens for step in steps)
         seconds = sum(min(step.seconds, most * step.tokens) for step in steps)
@@ -141,7 +141,7 @@ class ProgressLine:
         first, last = self._first, self._window[-1]
         trained = last.seconds - first.seconds
         wall = (last.clock - first.clock) / trained if trained > 0 else 1.0
-        return max(0, self._target - last.tokens) * seconds / tokens * max(1.0, wall)
+        return max(0, self.target_tokens - last.tokens) * seconds / tokens * max(1.0, wall)
 
     def print_last(self) -> None:
         """Elsewhere than on a terminal: print the last step now, if it was not due."""
@@ -199,10 +199,10 @@ class ProgressLine:
         done, ahead = format_count(step["consumed_tokens"]), []
         if _finite(step.get("loss")):
             step = {**step, "loss": fmean(self._losses)}
-        if self._target:
-            share = min(1.0, step["consumed_tokens"] / self._target)
+        if self.target_tokens:
+            share = min(1.0, step["consumed_tokens"] / self.target_tokens)
             ahead = [f"{math.floor(100 * share)}% ETA {format_duration(self.seconds_left())}"]
-            done += f"/{format_count(self._target)}"
+            done += f"/{format_count(self.target_tokens)}"
         growing = (step.get("global_batch_size") or math.inf) < self._full_batch
         speed = self.speed()
         return f"step {step['iteration']:,}", [
@@ -228,7 +228,7 @@ class ProgressLine:
         # One column is left free: a full line makes some terminals wrap, and then "\r" returns to the wrong row.
         width = max(1, shutil.get_terminal_size().columns - 1)
         number, fields = self._fields(self._last)
-        fields.insert(1 if self._target else 0, number)
+        fields.insert(1 if self.target_tokens else 0, number)
         text = self._name
         for field in fields:
             if len(text) + len(field) + 3 > width:

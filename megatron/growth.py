@@ -5,7 +5,9 @@ A new one is added here alone: its name, its curve, and its case in `grown_seqle
 
 from __future__ import annotations
 
-from typing import Literal, assert_never
+from typing import Literal, assert_never, get_args
+
+from megatron.errors import UserError
 
 Growth = Literal["linear", "root"]
 """Their names, as --seqlen-warmup takes them."""
@@ -24,7 +26,12 @@ def grown_seqlen(
         duration: T, in the unit of `position`.
         start, end: first and full length in tokens, both multiples of `multiple`.
         root_degree: d of root pacing.
+
+    Raises:
+        UserError: for a pacing that is none of these.
     """
+    if pacing not in get_args(Growth):
+        raise UserError(f"pacing {pacing!r}: expected one of {', '.join(get_args(Growth))}")
     if position >= duration:
         return end
     match pacing:

@@ -1,15 +1,18 @@
 """Sequence length pacing against the formulas in exact rational arithmetic."""
 
+import inspect
 import json
 import math
 import re
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
+from decimal import Decimal, localcontext
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 from hypothesis import given
@@ -18,6 +21,7 @@ from hypothesis import strategies as st
 from megatron.config import Config, EvaluationConfig, ModelConfig, SeqlenWarmupConfig, TrainingConfig
 from megatron.errors import UserError
 from megatron.growth import Growth, grown_seqlen
+from megatron.pacing import seqlen_warmup
 from megatron.pacing.plan import plan_run, walk
 from megatron.pacing.seqlen_warmup import AdaptivePacing, SeqlenSchedule
 from megatron.progress import Progress
@@ -72,17 +76,49 @@ def test_a_pacing_of_ones_own_is_an_edit_of_one_file(tmp_path):
     growth = tmp_path / "megatron" / "growth.py"
     source, end = growth.read_text(encoding="utf-8"), "        case _:\n"
     page = (ROOT / "docs" / "pacing.md").read_text(encoding="utf-8")
-    name, case = page.split("```python\n")[1].split("```")[0].split("\n\n")
-    assert source.count(end) == 1
-    source = re.sub(r"^Growth = .*$", name, source.replace(end, case + end), flags=re.MULTILINE)
+    imports, name, case = page.split("```python\n")[1].split("```")[0].split("\n\n")
+    assert source.count(end) == 1 and source.count("\nfrom typing") == 1
+    source = source.replace(end, case + end).replace("\nfrom typing", f"\n{imports}\nfrom typing")
+    source = re.sub(r"^Growth = .*$", name, source, flags=re.MULTILINE)
     growth.write_text(source, encoding="utf-8")
-    flags = "--model-size 117M --train-iters 10 --seqlen-warmup quadratic --seqlen-warmup-iters 10 --seqlen-start 64"
+    flags = "--model-size 117M --train-iters 12 --seqlen-warmup cosine --seqlen-warmup-iters 12 --seqlen-start 64"
     done = subprocess.run(
         [sys.executable, "tools/plan_run.py", *flags.split(), "--global-batch-size", "1", "--json"],
         cwd=tmp_path, capture_output=True, text=True, check=True,
     )  # fmt: skip
-    expected = sum((64 + 960 * t * t // 100) // 8 * 8 for t in range(1, 11))
+    with localcontext(prec=40):
+        # 1 - cos(pi t / 12) by its half angle: 2 sin^2, in radicals.
+        root2, root3 = Decimal(2).sqrt(), Decimal(3).sqrt()
+        cosines = [(root2 * (root3 + 1)) / 4, root3 / 2, root2 / 2, Decimal("0.5"), (root2 * (root3 - 1)) / 4, 0]
+        cosines += [-cosine for cosine in reversed(cosines[:5])] + [-1]
+        expected = sum(int(64 + 480 * (1 - Decimal(cosine))) // 8 * 8 for cosine in cosines)
     assert json.loads(done.stdout)["consumed_tokens"] == expected
+
+
+def test_a_pacing_that_is_none_is_refused():
+    with pytest.raises(UserError, match="pacing 'cosin': expected one of linear, root"):
+        grown_seqlen("cosin", 1, 2, 8, 16)
+
+
+def test_the_schedule_gives_the_formula_all_of_its_settings(monkeypatch):
+    """One of a pacing's own, that has a default there, would else be taken and do nothing."""
+    formula, calls = inspect.signature(grown_seqlen), []
+    monkeypatch.setattr(seqlen_warmup, "grown_seqlen", lambda *given: calls.append(formula.bind(*given)) or 8)
+    schedule(seqlen_warmup="linear", seqlen_warmup_iters=2).seqlen(Progress())
+    assert list(calls[0].arguments) == list(formula.parameters)
+
+
+OTHERWISE = {int: 16, float: 0.5, str: "8:1,16"}
+
+
+@pytest.mark.parametrize("name", [f.name for f in fields(SeqlenWarmupConfig)][1:])
+def test_every_setting_belongs_to_some_pacings(name):
+    if name == "seqlen_multiple":
+        pytest.skip("belongs to all")
+    hint = get_type_hints(SeqlenWarmupConfig)[name]
+    value = get_args(hint)[-1] if get_origin(hint) is Literal else OTHERWISE[next(iter(get_args(hint)), hint)]
+    with pytest.raises(UserError, match=f"--seqlen-warmup none takes no --{name.replace('_', '-')}"):
+        SeqlenWarmupConfig(**{name: value}).check(1024)
 
 
 def test_paper_setting_by_hand():

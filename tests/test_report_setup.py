@@ -40,7 +40,7 @@ def test_two_runs_of_the_quickstart(tmp_path: Path) -> None:
         "data": "toy_text_document (1.20K tokens, 12 documents); training, validation and test split 90,5,5",
         "trained for": "1.20M tokens",
         "batch": "32 sequences",
-        "learning rate": "0.01 at its highest",
+        "learning rate": "1e-2 cosine to 0 over 1.20M tokens, warmup 20 steps",
         "arithmetic": "fp32",
         "seed": "1234",
     }
@@ -95,3 +95,10 @@ def test_settings_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     )
     assert dict(found.facts)["seed"] == "1234"
     assert setup(bare).facts == () and not setup(bare).table.note.startswith("No setting")
+
+
+def test_what_all_runs_warm_up_alike_is_said(tmp_path: Path) -> None:
+    corpus = toy_corpus(tmp_path, documents=12, tokens=100, vocabulary=50)
+    flags = ("--data-path", corpus, "--vocab-size", "4096", "--seed")
+    found = setup(*(started(tmp_path / seed, "quickstart/slw.yaml", *flags, seed) for seed in ("1", "2")))
+    assert dict(found.facts)["length warmup"] == "linear from 32 over 100 steps"

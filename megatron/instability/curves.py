@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from megatron.instability.groups import setting_of
 from megatron.instability.statistics import FloatArray
@@ -188,6 +188,8 @@ def draw_panel(axis: Axes, panel: Panel, runs: Sequence[Run], *, points: int | N
     elif panel.log:
         _log_axis(axis)
     axis.set(title=panel.title, ylabel=y_label, xlabel=x_label)
+    if panel.x == "iteration" and x_scale == 1:
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))  # no half steps
     low, high = axis.get_xlim()
     # From zero on, but for validations that begin late: they would be pressed into a corner.
     axis.set_xlim(low if panel.validation and low > high / 2 else 0, high)

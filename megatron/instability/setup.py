@@ -13,6 +13,7 @@ from megatron.console import format_count
 from megatron.data.indexed_dataset import Sidecar, paths_of
 from megatron.data.vocabulary import prefixes_of, vocabulary_size
 from megatron.errors import UserError
+from megatron.in_words import batch_size_pacing, learning_rate, seqlen_pacing
 from megatron.instability.summary import Run
 from megatron.instability.tables import ABSENT, MARK, Row, Table
 from megatron.model.flops import parameter_count
@@ -161,8 +162,9 @@ FACTS: tuple[tuple[str, Callable[[Config], str]], ...] = (
     ("full length", lambda c: f"{c.model.seq_length:,} tokens"),
     ("data", _data),
     ("trained for", _end),
-    ("batch", lambda c: f"{c.training.global_batch_size:,} sequences"),
-    ("learning rate", lambda c: f"{c.learning_rate.lr:.3g} at its highest"),
+    ("length warmup", seqlen_pacing),
+    ("batch", lambda c: f"{c.training.global_batch_size:,} sequences{batch_size_pacing(c)}"),
+    ("learning rate", learning_rate),
     ("arithmetic", _numbers),
     ("seed", lambda c: str(c.training.seed)),
 )

@@ -113,6 +113,7 @@ class Tuner:
     def dry_run(self) -> None:
         """Say which trials there may be and how they are started; write nothing."""
         space, runner = self._announce()
+        self.report("(a search writes base.yaml, which these build on, when it begins)")
         for start in space.starts:
             self.report(shlex.join(runner.command(start, space.first_duration)))
         self.report("then, from the start found, the same over T = " + ", ".join(f"{T}" for T in space.durations))

@@ -9,9 +9,10 @@ from megatron.console import format_count, repetition
 from megatron.data.datasets import Datasets
 from megatron.distributed.world import World
 from megatron.growth import Growth
+from megatron.in_words import batch_size_pacing, learning_rate, seqlen_pacing
 from megatron.model.flops import parameter_count
-from megatron.pacing.plan import Outlook, look_ahead
-from megatron.progress import Duration, Progress
+from megatron.pacing.plan import Outlook
+from megatron.progress import Progress
 from megatron.training.home import layout_name
 
 
@@ -39,9 +40,10 @@ def warnings(config: Config, progress: Progress, outlook: Outlook) -> list[str]:
     return notes
 
 
-def describe(config: Config, datasets: Datasets, vocab_size: int, world: World, progress: Progress) -> str:
-    """What is about to happen, in a few lines."""
-    outlook = look_ahead(config, progress)
+def describe(
+    config: Config, datasets: Datasets, vocab_size: int, world: World, progress: Progress, outlook: Outlook
+) -> str:
+    """What is about to happen, in a few lines; `outlook` is that from `progress`."""
     repeated = repetition(outlook.end.consumed_tokens, datasets.num_tokens[0])
     parameters = parameter_count(config.model, vocab_size)
     padded = config.model.padded_vocab_size(vocab_size)
@@ -63,42 +65,6 @@ def describe(config: Config, datasets: Datasets, vocab_size: int, world: World, 
         *(f"note       {note}" for note in [*datasets.notes, *warnings(config, progress, outlook), *repeated]),
     ]
     return "\n".join(lines)
-
-
-def seqlen_pacing(config: Config) -> str:
-    """The sequence length warmup in words."""
-    warmup = config.seqlen_warmup
-    words: str = warmup.seqlen_warmup
-    if words in get_args(Growth):
-        duration = warmup.duration()
-        words += f" from {warmup.seqlen_start} over {duration.value:,} {duration.unit}"
-    elif words in ("discrete", "mixed"):
-        words += f" {warmup.seqlen_stages or warmup.seqlen_cycle} ({warmup.seqlen_stages_unit})"
-    elif words == "adaptive":
-        step = warmup.adaptive_step(config.model.seq_length)
-        words += f" from {warmup.seqlen_start} by {step} after good validations"
-    return words if warmup.seqlen_realisation == "truncate" else f"{words}, by {warmup.seqlen_realisation}"
-
-
-def batch_size_pacing(config: Config) -> str:
-    """The batch size warmup in words, as a clause."""
-    warmup = config.batch_size_warmup
-    if warmup.batch_size_warmup == "linear":
-        duration = warmup.duration()
-        return f" (from {warmup.batch_size_start} over {duration.value:,} {duration.unit})"
-    return f" ({warmup.batch_size_stages})" if warmup.batch_size_warmup == "stages" else ""
-
-
-def learning_rate(config: Config) -> str:
-    """Peak, decay and warmup of the learning rate in words."""
-    rate = config.learning_rate
-    words, over = f"{_short(rate.lr)} {rate.lr_decay_style}", _span(rate.decay(config.training))
-    if rate.lr_decay_style == "wsd":
-        over = f"the last {100 * rate.lr_wsd_fraction:g}% of {over}"
-    if rate.lr_decay_style != "constant":
-        words += f" to {_short(rate.min_lr)} over {over}"
-    warmup = rate.warmup(config.training)
-    return f"{words}, warmup {_span(warmup)}" if warmup.value else f"{words}, no warmup"
 
 
 def precision(training: TrainingConfig) -> str:
@@ -123,15 +89,3 @@ def end(config: Config, progress: Progress, outlook: Outlook) -> str:
     if interval and (stop := (progress.iteration // interval + 1) * interval) < last.iteration:
         words += f"; stops at step {stop:,} (--exit-interval {interval})"
     return words if minutes is None else f"{words}; stops after {minutes:g} minutes (--exit-duration-in-mins)"
-
-
-def _span(duration: Duration) -> str:
-    if duration.unit == "tokens":
-        return f"{format_count(duration.value)} tokens"
-    return f"{duration.value:,} {'steps' if duration.unit == 'iters' else duration.unit}"
-
-
-def _short(rate: float) -> str:
-    """As one would write it: 6e-4."""
-    digits, _, power = f"{rate:.5e}".partition("e")
-    return f"{float(digits):g}e{int(power)}" if rate else "0"

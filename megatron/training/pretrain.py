@@ -19,7 +19,7 @@ from megatron.distributed.world import World
 from megatron.errors import EXIT_FINISHED
 from megatron.metrics import MetricsLogger
 from megatron.model.initialisation import initialise
-from megatron.pacing.plan import target_tokens
+from megatron.pacing.plan import look_ahead
 from megatron.training.description import describe
 from megatron.training.home import (
     check_homes,
@@ -76,7 +76,7 @@ def _pretrain(
     with (
         ProgressLine(
             name,
-            target_tokens=target_tokens(config),
+            target_tokens=None,  # until it is known where the run stands
             full_batch=config.training.global_batch_size,
             log_interval=log.log_interval,
             silent=not world.is_main,
@@ -102,7 +102,9 @@ def _pretrain(
             watch.at("loading the checkpoint")
             resume(state, source, config, settings, world, console)
         world.on_main(lambda: open_home(config, state, console))
-        console.message(describe(config, datasets, vocabulary.size, world, state.progress))
+        outlook = look_ahead(config, state.progress)
+        console.target_tokens = outlook.end.consumed_tokens
+        console.message(describe(config, datasets, vocabulary.size, world, state.progress, outlook))
         home = Path(config.checkpoint.save) if config.checkpoint.save is not None and world.is_main else None
         with (
             noting_how_to_go_on(config.checkpoint),
