@@ -57,6 +57,7 @@ TIMERS = (
 RECOMPUTED, SHARED = "full recomputes each block by itself", "--sequence-parallel shares out what is kept"
 NO_RECOMPUTE_CHOICE = "each block is recomputed by itself: give --recompute-granularity full alone"
 PIPELINES = "there are no pipelines: use --tensor-model-parallel-size and --zero-stage"
+ULYSSES = "use --tensor-model-parallel-size, with --sequence-parallel to share out activations too"
 EXPERTS, CONTEXT = "there are no experts here", "there is no context parallelism: use --tensor-model-parallel-size"
 SCHEDULED_DECAY, PLAIN_GPT2 = "weight decay is constant: give --weight-decay", "only plain GPT-2 is trained here"
 
@@ -68,12 +69,16 @@ IGNORED: list[Row] = [
     Row("--num-dataset-builder-threads", "the sample index is made once, by one process", 1),
     Row("--dataloader-type", "samples are drawn in one shuffled order, epoch by epoch", 1, "single",
         "there is one order of samples, shuffled epoch by epoch: leave it out"),
+    Row("--repeated-dataloader", "samples are drawn epoch by epoch for as long as the run goes on"),
+    Row("--data-efficiency-curriculum-learning",
+        "the data_efficiency block of DeepSpeed's JSON decides: give the JSON with --deepspeed-config"),
     Row("--scaled-upper-triang-masked-softmax-fusion --scaled-masked-softmax-fusion --no-masked-softmax-fusion "
-        "--use-flash-attn --no-create-attention-mask-in-dataloader", FUSED),
+        "--use-flash-attn --use-flash-attn-v1 --use-flash-attn-v2 --use-flash-attn-triton --use-flash-attn-builder "
+        "--no-create-attention-mask-in-dataloader", FUSED),
     Row("--attention-backend", FUSED, 1),
     Row("--bias-gelu-fusion --bias-dropout-fusion --no-bias-gelu-fusion --no-bias-dropout-fusion "
         "--no-persist-layer-norm --no-gradient-accumulation-fusion --no-async-tensor-model-parallel-allreduce "
-        "--cross-entropy-loss-fusion", "torch.compile fuses what can be"),
+        "--cross-entropy-loss-fusion --disable-mem-efficient-ln", "torch.compile fuses what can be"),
     Row("--cross-entropy-fusion-impl", "torch.compile fuses what can be", 1),
     Row("--openai-gelu", "the tanh form of GELU is the one that runs here"),
     Row("--apply-query-key-layer-scaling --no-query-key-layer-scaling --attention-softmax-in-fp32",
@@ -82,12 +87,12 @@ IGNORED: list[Row] = [
     Row("--fp32-allreduce --accumulate-allreduce-grads-in-fp32", "gradients are fp32"),
     Row("--calculate-per-token-loss", "the loss is always a sum over tokens, divided once"),
     Row("--optimizer", "AdamW is the optimizer", 1, "adam adamw", "AdamW is the only optimizer here"),
-    Row("--cpu_torch_adam --use-torch-optimizer-for-cpu-offload", "torch's AdamW steps on either device"),
+    Row("--cpu_torch_adam --torch_adam --ds_fused_adam --use-torch-optimizer-for-cpu-offload",
+        "torch's AdamW steps on either device"),
     Row("--weight-decay-incr-style", "weight decay is constant", 1, "constant", SCHEDULED_DECAY),
     Row("--lr-warmup-init", "the warmup starts from 0", 1, "0", "the warmup starts from 0: leave it out"),
     Row("--lr-wsd-decay-style", "the decay of wsd is linear", 1, "linear", "the decay of wsd is linear"),
-    Row("--override-lr-scheduler --use-checkpoint-lr-scheduler --override-opt_param-scheduler "
-        "--override-opt-param-scheduler --use-checkpoint-opt_param-scheduler --use-checkpoint-opt-param-scheduler",
+    Row("--use-checkpoint-lr-scheduler --use-checkpoint-opt_param-scheduler --use-checkpoint-opt-param-scheduler",
         RESUME),
     Row("--DDP-impl --transformer-impl", "there is one implementation", 1),
     Row("--use-mcore-models --use-legacy-models", "there is one implementation"),
@@ -99,6 +104,9 @@ IGNORED: list[Row] = [
         "--ddp-num-buckets", SENT, 1),
     Row("--tp-comm-overlap --manual-gc --no-manual-gc-eval", "it changes the speed alone"),
     Row("--manual-gc-interval --empty-unused-memory-level --train-sync-interval", "it changes the speed alone", 1),
+    Row("--checkpoint-writer-decoupled", "it changes the speed alone; --async-save writes in the background"),
+    Row("--checkpoint-io-buffer-size --checkpoint-data-parallel --aio-intra-op-parallelism",
+        "it changes the speed alone; --async-save writes in the background", 1),
     Row("--local_rank --local-rank", "torchrun says it in the environment", 1),
     Row("--distributed-backend", "NCCL serves GPUs, gloo the CPU", 1),
     Row("--deepspeed --deepspeed_mpi --no-pipeline-parallel", "nothing of DeepSpeed is needed"),
@@ -114,18 +122,24 @@ IGNORED: list[Row] = [
     Row("--remote-device", "the weights are on the GPU", 1, "none", "use --optimizer-cpu-offload"),
     Row("--pipeline-model-parallel-size", "there are no pipelines", 1, "1", PIPELINES),
     Row("--context-parallel-size", "there is no context parallelism", 1, "1", CONTEXT),
+    Row("--ds-sequence-parallel-size", "there is no sequence parallelism of DeepSpeed's kind", 1, "1", ULYSSES),
+    Row("--create-moe-param-group --use-tutel --enable-expert-tensor-parallelism --disable-moe-token-dropping "
+        "--disable-moe-top2-2nd-expert-sampling", EXPERTS),
+    Row("--moe-train-capacity-factor --moe-eval-capacity-factor --moe-min-capacity --moe-loss-coeff --mlp-type --topk "
+        "--expert-interval", EXPERTS, 1),
     Row("--expert-model-parallel-size --moe-expert-parallel-size --num-experts", EXPERTS, 1, "1", EXPERTS),
     Row("--position-embedding-type", "positions are learned", 1, "learned_absolute", PLAIN_GPT2),
-    Row("--normalization", "layer norms are what GPT-2 has", 1, "LayerNorm", PLAIN_GPT2),
+    Row("--normalization", "layer norms are what GPT-2 has", 1, "LayerNorm layernorm", PLAIN_GPT2),
     Row("--adlr-autoresume", "the same command goes on: --load finds the newest checkpoint"),
     Row("--adlr-autoresume-interval", "the same command goes on: --load finds the newest checkpoint", 1),
     Row("--exit-signal-handler", "SIGTERM always saves and stops"),
     Row("--use-dist-ckpt --auto-detect-ckpt-format --ckpt-fully-parallel-save --no-ckpt-fully-parallel-save "
-        "--ckpt-fully-parallel-load --ckpt-assume-constant-structure --use-persistent-ckpt-worker", ONE_FORMAT),
+        "--ckpt-fully-parallel-load --ckpt-assume-constant-structure --use-persistent-ckpt-worker "
+        "--universal-checkpoint", ONE_FORMAT),
     Row("--ckpt-format --dist-ckpt-format --dist-ckpt-strictness", ONE_FORMAT, 1),
     Row("--no-check-for-nan-in-loss-and-grad --check-for-spiky-loss --check-for-large-grads",
         "both are always looked for: --on-nonfinite and --on-spike say what follows"),
-    Row("--log-timers-to-tensorboard", TIMERS),
+    Row("--log-timers-to-tensorboard --no-barrier-with-level-1-timing", TIMERS),
     Row("--timing-log-level --timing-log-option", TIMERS, 1),
     Row("--log-memory-to-tensorboard", "memory in use is not measured; tools/plan_run.py plans it"),
     Row("--log-throughput", "TFLOP/s are not measured; speed/tokens_per_second is, and tools/plan_run.py says a run's "
@@ -153,7 +167,7 @@ PREPROCESSING: list[Row] = [
 ]
 """The same, of tools/preprocess_data.py."""
 
-MULTI_TASK = "ICT, REALM and BERT are not trained here"
+MULTI_TASK, GENERATES = "ICT, REALM and BERT are not trained here", "tools/generate_samples_gpt2.py writes text"
 REFUSED: dict[str, str] = {
     "--batch-size": "give --micro-batch-size (a rank's, as it was) and --global-batch-size (a step's: times the data "
     "parallel ranks)",
@@ -167,9 +181,15 @@ REFUSED: dict[str, str] = {
     "--start-weight-decay --end-weight-decay": SCHEDULED_DECAY,
     "--sgd-momentum": "AdamW is the only optimizer here",
     "--dynamic-loss-scale": "--fp16 scales dynamically unless --loss-scale is given",
-    "--fp32-residual-connection": "the residual stream has the precision of --bf16 or --fp16: leave it out",
+    "--fp32-residual-connection --embedding-weights-in-fp32": "the residual stream has the precision of --bf16 or "
+    "--fp16: leave it out",
     "--no-load-lr-state": "the learning rate follows from the progress: --finetune starts it anew",
-    "--curriculum-learning": "use --seqlen-warmup linear with --seqlen-start and --seqlen-warmup-iters",
+    "--override-lr-scheduler --override-opt_param-scheduler --override-opt-param-scheduler": "name what of the "
+    "schedule is not the checkpoint's, as in --override lr min_lr",
+    "--reset-iteration": "--finetune starts from a checkpoint's weights at step 0, with new Adam moments",
+    "--curriculum-learning": "use --seqlen-warmup linear with --seqlen-start and --seqlen-warmup-iters, or give the "
+    "DeepSpeed JSON with --deepspeed-config",
+    "--random-ltd": "there is no random layer-token drop",
     "--checkpoint-in-cpu --cpu-offloading-num-layers": "activations stay on the GPU: lower --micro-batch-tokens",
     "--recompute-modules": "use --recompute-granularity selective, which keeps what matrix products made",
     "--activations-checkpoint-method": "use --recompute-granularity full, which recomputes each block",
@@ -187,6 +207,7 @@ REFUSED: dict[str, str] = {
     "--kv-channels": "a head has --hidden-size / --num-attention-heads channels: leave it out, where it says that",
     "--swiglu --squared-relu --quick-geglu --group-query-attention --num-query-groups --multi-latent-attention "
     "--use-rotary-position-embeddings --rotary-base --rotary-percent --rotary-interleaved --use-rope-scaling "
+    "--num-key-value-heads --rotary-position-embeddings-theta "
     "--no-position-embedding --untie-embeddings-and-output-weights --disable-bias-linear --add-qkv-bias "
     "--apply-layernorm-1p --qk-layernorm --window-size --softmax-type": PLAIN_GPT2,
     "--init-method-xavier-uniform --embedding-init-method-std": "weights start as GPT-2's: give --init-method-std",
@@ -195,24 +216,39 @@ REFUSED: dict[str, str] = {
     "--vocab-extra-ids": "T5's extra tokens are not offered",
     "--train-data-path --valid-data-path --test-data-path --data-args-path --per-split-data-args-path":
         "give --data-path, whose documents --split shares out",
+    "--aml-data-download-path": "give --data-path with its directory",
+    "--train-idx-path --train-desc-path --train-doc-idx-path --train-sample-idx-path --train-shuffle-idx-path":
+        "the order of the samples follows from --seed and the data: leave it out",
+    "--train-data-exact-num-epochs": "samples are drawn epoch by epoch until --train-tokens: leave it out",
+    "--return-data-index --sample-rate": "all samples are read, in an order that follows from --seed: leave it out",
     "--mock-data": "make a small corpus: bash scripts/prepare_corpus.sh DIRECTORY",
+    "--encoder-num-layers --decoder-num-layers": "give --num-layers",
     "--encoder-seq-length --decoder-seq-length": "give --seq-length",
     "--full-validation --multiple-validation-sets": "give --eval-iters, the batches of a validation",
+    "--inference --ds-inference --max-tokens-to-oom": GENERATES,
+    "--kill-switch-file --kill-switch-path": "a file STOP in the directory of --save makes a run save and stop",
+    "--mos --kd --kd-alpha-ce --kd-beta-ce --kd-temp --load-teacher --num-layers-teacher --num-experts-teacher "
+    "--hidden-size-teacher --num-attention-heads-teacher": "there is no distillation here",
     "--skip-train": "tools/evaluate_zeroshot.py evaluates a checkpoint without training",
-    "--ckpt-step": "give --load the checkpoint itself: SAVE/checkpoints/iter_0000100",
+    "--ckpt-step --load-tag": "give --load the checkpoint itself: SAVE/checkpoints/iter_0000100",
     "--save-retain-interval": "give --keep-last and --keep-every",
     "--pretrained-checkpoint": "give --load DIRECTORY --finetune",
     "--use-checkpoint-args --use-mp-args-from-checkpoint-args": "give --config SAVE/config.yaml, the settings of a run",
     "--exit-on-missing-checkpoint": "--load must hold a checkpoint wherever it is not --save: leave it out",
     "--wandb-save-dir": "W&B's files lie below --save: leave it out",
-    "--profile --profile-step-start --profile-step-end --profile-ranks --use-pytorch-profiler "
+    "--profile --profile_steps --profile-step-start --profile-step-end --profile-ranks --use-pytorch-profiler "
     "--record-memory-history --memory-snapshot-path": "there is no profiler inside: run the trainer under one",
     "--mask-prob --short-seq-prob --ict-head-size --ict-load --bert-load --titles-data-path --query-in-block-prob "
     "--use-one-sent-docs --report-topk-accuracies --faiss-use-gpu --block-data-path --embedding-path "
-    "--evidence-data-path --indexer-batch-size --indexer-log-interval --bert-no-binary-head": MULTI_TASK,
+    "--evidence-data-path --indexer-batch-size --indexer-log-interval --bert-no-binary-head --output-bert-embeddings "
+    "--bert-embedder-type": MULTI_TASK,
     "--pipeline-model-parallel-split-rank --num-layers-per-virtual-pipeline-stage "
     "--num-virtual-stages-per-pipeline-rank --pipeline-model-parallel-layout --standalone-embedding-stage "
-    "--no-scatter-gather-tensors-in-pipeline --no-overlap-p2p-communication": PIPELINES,
+    "--no-scatter-gather-tensors-in-pipeline --no-overlap-p2p-communication --overlap-p2p-communication "
+    "--use-ring-exchange-p2p --enable-zbh1-pipeline --enable-zbh1-exact-semantics": PIPELINES,
+    "--force-ds-sequence-parallel --ds-sequence-parallel-fpdt --ds-sequence-parallel-fpdt-chunk-size "
+    "--ds-sequence-parallel-fpdt-offloading": ULYSSES,
+    "--num-experts-switch": EXPERTS,
     "--split-sentences --keep-newlines --lang": "sentences were BERT's: GPT takes whole documents",
 }  # fmt: skip
 """Flags that are gone -> what to do instead."""
@@ -235,7 +271,7 @@ REFUSED_FAMILIES: dict[str, str] = {
     "--muon-": "AdamW is the only optimizer here",
     "--inprocess-": "start the same command again, or give torchrun --max-restarts",
     "--one-logger-": "nothing is sent anywhere but by --wandb-project",
-    "--inference-": "tools/generate_samples_gpt2.py writes text",
+    "--inference-": GENERATES,
 }
 """How flags begin that are gone as a family -> what to do instead."""
 

@@ -28,7 +28,7 @@ ALIAS = """--layernorm-epsilon 1e-5 --warmup 0.01 --min-scale 1 --model-parallel
 --cpu-optimizer --deepspeed_config ds.json"""
 IGNORED = """--openai-gelu --distribute-checkpointed-activations --checkpoint-num-layers 1
 --scaled-upper-triang-masked-softmax-fusion --scaled-masked-softmax-fusion --bias-gelu-fusion --bias-dropout-fusion
---cpu_torch_adam --override-lr-scheduler --use-checkpoint-lr-scheduler --apply-query-key-layer-scaling
+--cpu_torch_adam --use-checkpoint-lr-scheduler --apply-query-key-layer-scaling
 --attention-softmax-in-fp32 --fp32-allreduce --fp16-lm-cross-entropy --distributed-backend nccl --DDP-impl local
 --local_rank 0 --use-cpu-initialization --mmap-warmup --data-impl mmap --adlr-autoresume
 --adlr-autoresume-interval 1000 --zero-reduce-scatter --zero-contigious-gradients --zero-reduce-bucket-size 50000000
@@ -40,21 +40,29 @@ REFUSED = """--num-unique-layers 6 --param-sharing-style grouped --apply-residua
 --onnx-safe True --batch-size 4 --lazy-mpu-init True --mask-prob 0.15 --short-seq-prob 0.1 --ict-head-size 128
 --ict-load c --bert-load c --titles-data-path d --query-in-block-prob 0.1 --use-one-sent-docs
 --report-topk-accuracies 1 --faiss-use-gpu --block-data-path d --indexer-batch-size 128 --indexer-log-interval 1000
---checkpoint-in-cpu --deepscale --deepscale_config ds.json"""
+--checkpoint-in-cpu --deepscale --deepscale_config ds.json --override-lr-scheduler"""
 """All flags of v1.1.5's arguments.py with DeepSpeed's, each with a value that its scripts give it."""
 
 LATER = {
     "ignored": """--no-masked-softmax-fusion --no-bias-gelu-fusion --no-query-key-layer-scaling --use-flash-attn
     --optimizer adam --dataloader-type single --pipeline-model-parallel-size 1 --no-pipeline-parallel
-    --override-opt_param-scheduler --use-checkpoint-opt-param-scheduler --use-distributed-optimizer --use-mcore-models
+    --use-checkpoint-opt-param-scheduler --use-distributed-optimizer --use-mcore-models
     --overlap-grad-reduce --overlap-param-gather --transformer-impl transformer_engine --attention-backend flash
     --recompute-method uniform --recompute-num-layers 1 --accumulate-allreduce-grads-in-fp32 --num-experts 1
     --log-throughput --log-timers-to-tensorboard --tensorboard-queue-size 5 --context-parallel-size 1
     --exit-signal-handler --ckpt-format torch_dist --no-create-attention-mask-in-dataloader --lr-warmup-init 0.0
-    --position-embedding-type learned_absolute --normalization LayerNorm --no-check-for-nan-in-loss-and-grad""",
+    --position-embedding-type learned_absolute --normalization LayerNorm --no-check-for-nan-in-loss-and-grad
+    --data-efficiency-curriculum-learning --repeated-dataloader --use-flash-attn-v2 --use-flash-attn-triton
+    --use-flash-attn-builder --disable-mem-efficient-ln --torch_adam --ds-sequence-parallel-size 1
+    --create-moe-param-group --moe-loss-coeff 0.01 --topk 1 --normalization layernorm --universal-checkpoint
+    --checkpoint-writer-decoupled --checkpoint-io-buffer-size 1048576 --no-barrier-with-level-1-timing""",
     "refused": """--rampup-batch-size --swiglu --num-query-groups --untie-embeddings-and-output-weights
     --disable-bias-linear --tokenizer-model --mock-data --train-data-path --ckpt-step --profile --moe-router-topk
-    --fp8-format --init-method-xavier-uniform --use-torch-fsdp2 --ffn-hidden-size --kv-channels --skip-train""",
+    --fp8-format --init-method-xavier-uniform --use-torch-fsdp2 --ffn-hidden-size --kv-channels --skip-train
+    --override-opt_param-scheduler --reset-iteration --random-ltd --train-sample-idx-path --train-desc-path
+    --train-data-exact-num-epochs --return-data-index --num-key-value-heads --embedding-weights-in-fp32 --load-tag
+    --aml-data-download-path --inference --ds-inference --kill-switch-file --mos --kd-temp --load-teacher
+    --profile_steps --enable-zbh1-pipeline --ds-sequence-parallel-fpdt --num-experts-switch --encoder-num-layers""",
 }
 """Flags that GPT scripts of Megatron-LM 2.x to today, and of Megatron-DeepSpeed, give besides."""
 
@@ -148,6 +156,7 @@ def test_flags_that_are_gone_for_one_reason_share_a_clause() -> None:
         ("--data-impl lazy", "is not offered here: only mmap's .bin and .idx are read: preprocess the text again"),
         ("--remote-device cpu", "is not offered here: use --optimizer-cpu-offload"),
         ("--lr-warmup-init 1e-6", "is not offered here: the warmup starts from 0: leave it out"),
+        ("--ds-sequence-parallel-size 4", "is not offered here: use --tensor-model-parallel-size, with --sequence-par"),
         ("--optimizer sgd", "is not offered here: AdamW is the only optimizer"),
         ("--position-embedding-type rope", "is not offered here: only plain GPT-2"),
     ],
