@@ -278,11 +278,12 @@ def format_duration(seconds: float | None) -> str:
     return f"{hour}:{minute:02}:{second:02}" if hour else f"{minute:02}:{second:02}"
 
 
-def repetition(trained: int | None, corpus: int) -> list[str]:
-    """A note where a run of `trained` tokens reads a corpus of `corpus` training tokens twice or more."""
-    if not trained or not corpus or trained < 2 * corpus:
+def repetition(samples: int, epoch: int) -> list[str]:
+    """A note where a run of `samples` reads a corpus of `epoch` samples twice or more: truncated ones count as whole
+    ones do, as each time it is the same beginning that is read again."""
+    if not epoch or samples < 2 * epoch:
         return []
     return [
-        f"{format_count(trained)} tokens are {format_count(trained / corpus)} passes over the {format_count(corpus)} "
+        f"{format_count(samples)} samples are {format_count(samples / epoch)} passes over the {format_count(epoch)} "
         "of this corpus: watch the validation loss, which rises once they are learnt by heart"
     ]

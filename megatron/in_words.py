@@ -47,7 +47,8 @@ def learning_rate(config: Config) -> str:
 def _span(duration: Duration) -> str:
     if duration.unit == "tokens":
         return f"{format_count(duration.value)} tokens"
-    return f"{duration.value:,} {'steps' if duration.unit == 'iters' else duration.unit}"
+    unit = "steps" if duration.unit == "iters" else duration.unit
+    return f"{duration.value:,} {unit if duration.value != 1 else unit[:-1]}"
 
 
 def _short(rate: float) -> str:

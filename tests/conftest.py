@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -25,7 +26,7 @@ for ignored in (signal.SIGINT, signal.SIGHUP):
 
 def pytest_configure(config: pytest.Config) -> None:
     """Runs without `-m gpu` use no GPU, also where there is one, and so do the programs that they start."""
-    if "gpu" not in config.option.markexpr:
+    if not re.search(r"(?<!not )\bgpu\b", config.option.markexpr):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 

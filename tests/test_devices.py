@@ -75,10 +75,11 @@ def test_what_the_compiler_needs_is_looked_for(monkeypatch, tmp_path):
     monkeypatch.setattr(shutil, "which", lambda name: name if name in found else None)
     monkeypatch.setattr(sysconfig, "get_path", lambda _: str(headers))
     monkeypatch.delenv("CC", raising=False)
-    assert missing_for_compile(on_gpu=False) is None
-    assert missing_for_compile(on_gpu=True) == f"Python.h found in {headers} (python3-dev)"
+    for on_gpu in (False, True):
+        assert missing_for_compile(on_gpu=on_gpu) == f"Python.h found in {headers} (python3-dev)"
     (headers / "Python.h").touch()
-    assert missing_for_compile(on_gpu=True) is None
+    for on_gpu in (False, True):
+        assert missing_for_compile(on_gpu=on_gpu) is None
     found.clear()
     assert missing_for_compile(on_gpu=False) == "C++ compiler found (g++)"
     assert missing_for_compile(on_gpu=True) == "C compiler found (gcc)"

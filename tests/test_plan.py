@@ -133,6 +133,11 @@ def test_passes_over_a_corpus_that_is_there_are_told(tmp_path, capsys, monkeypat
         assert plan_tool.main() == 0
         return capsys.readouterr().out.rpartition("\n\n")[2]
 
-    assert told(30, "--data-path", str(data)).startswith("note: 240 tokens are 2 passes over the 120 of this corpus")
-    for quiet in (told(29, "--data-path", str(data)), told(30), told(30, "--data-path", str(tmp_path / "missing"))):
+    warmup = "--seqlen-warmup linear --seqlen-start 1 --seqlen-multiple 1 --seqlen-warmup-iters 100".split()
+    for kind in ([], warmup):  # 14 samples an epoch; of short ones the same beginnings are read again
+        assert told(28, "--data-path", str(data), *kind).startswith("note: 28 samples are 2 passes over the 14 of this")
+    for quiet in (told(27, "--data-path", str(data)), told(28), told(28, "--data-path", str(tmp_path / "missing"))):
         assert "passes" not in quiet
+    index = data.with_suffix(".idx")
+    index.write_bytes(index.read_bytes()[:20])
+    assert told(28, "--data-path", str(data)).startswith(f"note: {index}: ")

@@ -15,9 +15,11 @@ import pytest
 import torch
 from whole_runs import log_of, toy_corpus
 
-from megatron.config import CheckpointConfig
+from megatron.config import CheckpointConfig, Config
 from megatron.data.indexed_writer import IndexedDatasetWriter
-from megatron.training.home import how_to_go_on
+from megatron.distributed.world import World
+from megatron.errors import UserError
+from megatron.training.home import how_to_go_on, layout_name, noting_how_to_go_on
 from megatron.training.stop import StopRequest
 
 ROOT = Path(__file__).parents[1]
@@ -407,7 +409,24 @@ def test_after_an_interruption_it_is_said_which_checkpoint_is_the_last(tmp_path)
     assert how_to_go_on(tuned) == f"start it again with --load {home}, without --finetune: it goes on from step 10"
     assert how_to_go_on(CheckpointConfig()) == "nothing is saved: no --save"
     fresh = replace(tuned, save=str(tmp_path / "fresh"))
-    assert how_to_go_on(fresh) == "no checkpoint was saved yet: choose another --save, from the beginning"
+    elsewhere = "no checkpoint was saved yet: start it again with another --save, from the beginning"
+    assert how_to_go_on(fresh) == how_to_go_on(replace(fresh, finetune=False)) == elsewhere
+    begun = replace(fresh, finetune=False, load=fresh.save)
+    assert (
+        how_to_go_on(begun)
+        == f"no checkpoint was saved yet: start it again with --load {fresh.save}, from the beginning"
+    )
+
+
+def test_a_fault_is_not_lost_over_what_to_say_after_it():
+    unreadable = CheckpointConfig(save="a" * 300)
+    with pytest.raises(UserError, match="the loss is nan"), noting_how_to_go_on(unreadable):
+        raise UserError("the loss is nan")
+
+
+def test_a_layout_of_gpus_is_another_than_one_of_cpus():
+    cpu, gpu = (layout_name(Config(), World(device=torch.device(kind))) for kind in ("cpu", "cuda"))
+    assert gpu == f"{cpu}, on GPUs"
 
 
 def test_a_signal_is_answered_at_once():

@@ -135,7 +135,7 @@ def test_nothing_goes_when_the_new_one_does_not_read_back(
         save(keeper, 40)
         keeper.close()
     assert sorted(path.name for path in tmp_path.glob("iter_*")) == [f"iter_{n:07d}" for n in (10, 20, 30, 40)]
-    with pytest.raises(UserError, match="iter_0000030: take it with --load-fallback"):
+    with pytest.raises(UserError, match="iter_0000030: name it with --load; training also takes it"):
         find_whole(tmp_path, fallback=False)
     found = find_whole(tmp_path, fallback=True)
     assert found is not None and found.iteration == 30

@@ -171,7 +171,7 @@ def test_ranks_read_back_let_old_ones_go_and_fall_back_together(tmp_path: Path) 
         assert seen["left with a spoilt one"] == [f"iter_000000{n}" for n in (3, 4, 5, 6)]
         kind, message = seen["refused"]
         assert kind == ("UserError" if rank == 1 else "SharedError")
-        assert "iter_0000006/shard-00002" in message and "iter_0000005: take it with --load-fallback" in message
+        assert "iter_0000006/shard-00002" in message and "iter_0000005: name it with --load; training" in message
         assert seen["fallen back"] == 5
     (line,) = told[0]["left behind"]
     assert "iter_0000006 is damaged and left behind: rank 1: " in line and "shard-00002" in line

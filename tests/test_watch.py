@@ -139,6 +139,15 @@ def test_output_that_nobody_reads_does_not_hold_up_the_end(ranks: Ranks) -> None
     assert ranks.errors(1) == f"error: {ranks.name(0)} died: killed or crashed{END}"
 
 
+@pytest.mark.parametrize("then", ["time.sleep(60)", "1 / 0"])
+def test_what_ends_the_run_is_said_whatever_holds_up_the_rest(ranks: Ranks, then: str) -> None:
+    ranks.run(f"mine.ends_with(lambda: {then})\nall_reduce()")
+    ranks.signal(2, signal.SIGKILL)
+    assert ranks.statuses(0, 1) == [1, 1]
+    end = END if "/" in then else "; the run ends here"
+    assert ranks.errors(0).startswith(f"error: {ranks.name(2)} died") and ranks.errors(0).endswith(end)
+
+
 @pytest.mark.parametrize("failing", [0, 1])
 def test_a_rank_that_fails_says_so_and_ends_the_others(ranks: Ranks, failing: int) -> None:
     ranks.run(f"if rank == {failing}: raise ValueError('no such layer\\nmore')\nall_reduce()")

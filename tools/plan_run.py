@@ -14,7 +14,7 @@ from megatron.arguments import build_parser, parse_config
 from megatron.console import repetition
 from megatron.data.datasets import training_tokens
 from megatron.data.vocabulary import vocabulary_size
-from megatron.errors import EXIT_FAILURE, EXIT_FINISHED, run
+from megatron.errors import EXIT_FAILURE, EXIT_FINISHED, UserError, run
 from megatron.flags import Parser, positive, positive_number
 from megatron.instability.step_cost import fit_step_cost
 from megatron.instability.summary import read_runs
@@ -71,8 +71,11 @@ def main() -> int:
     if arguments.json:
         print(json.dumps(totals | {"memory": memory}))
     else:
-        corpus = training_tokens(config.data)
-        notes = [] if corpus is None else repetition(totals["consumed_tokens"], corpus)
+        try:
+            corpus = training_tokens(config.data) or 0
+            notes = repetition(totals["consumed_samples"], (corpus - 1) // config.model.seq_length if corpus else 0)
+        except UserError as error:  # a plan needs no data
+            notes = [str(error)]
         print(*tables, memory_table(memory), *(f"note: {text}" for text in notes), sep="\n\n")
     return EXIT_FINISHED if memory.get("fits", True) else EXIT_FAILURE
 

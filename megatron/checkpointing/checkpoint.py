@@ -151,7 +151,8 @@ def load_checkpoint(path: Path, *, world: World = ALONE, tensors: bool = True) -
     except UserError as error:
         older = older_than(path)
         advice = (
-            f"the newest older whole checkpoint is {older}: take it with --load-fallback, or name it with --load"
+            f"the newest older whole checkpoint is {older}: name it with --load; training also takes it with "
+            "--load-fallback"
             if older
             else "there is no older whole checkpoint beside it"
         )

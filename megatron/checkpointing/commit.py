@@ -270,10 +270,11 @@ def _whole(path: Path) -> bool:
 
 def _listed(directory: Path) -> list[tuple[int, str | None, Path]]:
     """(iteration, None or what the name ends in, path), newest iteration first, a final name before an old one."""
-    if not directory.exists():
-        return []
     with file_errors("read", directory):
-        names = os.listdir(directory)
+        try:
+            names = os.listdir(directory)
+        except FileNotFoundError:
+            return []
     matches = [match for match in map(_NAME.fullmatch, names) if match]
     found = [(int(match[1]), match[2], directory / match[0]) for match in matches]
     return sorted(found, key=lambda item: (-item[0], item[1] or "", item[2].name))

@@ -85,10 +85,10 @@ def compile_model(model: GPT2Model, device: torch.device, training: TrainingConf
 
 def missing_for_compile(*, on_gpu: bool) -> str | None:
     """What of a compiler's tool chain this machine lacks for torch.compile, in words; None where all is there."""
-    if not on_gpu:
-        return None if shutil.which("g++") or shutil.which("clang++") else "C++ compiler found (g++)"
-    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+    if on_gpu and not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         return "C compiler found (gcc)"
+    if not on_gpu and not (shutil.which("g++") or shutil.which("clang++")):
+        return "C++ compiler found (g++)"
     headers = Path(sysconfig.get_path("include"))
     return None if (headers / "Python.h").is_file() else f"Python.h found in {headers} (python3-dev)"
 

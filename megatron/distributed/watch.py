@@ -424,8 +424,8 @@ def _some(texts: list[str]) -> str:
 
 
 def leave(why: str = "", what_next: Callable[[], str] = _stands) -> NoReturn:
-    """End this process from any thread, whatever its main thread is stuck in; `why`, if any, is said on stderr, with
-    `what_next()`."""
+    """End this process from any thread, whatever its main thread is stuck in; `why`, if any, is said on stderr, then
+    `what_next()`, which may look at a disk."""
     # Whatever holds up the rest, such as a pipe that nobody reads or a disk that is gone, must not hold up the end.
     end = threading.Timer(FLUSH_SECONDS, os._exit, (EXIT_FAILURE,))
     end.daemon = True
@@ -433,11 +433,13 @@ def leave(why: str = "", what_next: Callable[[], str] = _stands) -> NoReturn:
     with contextlib.suppress(OSError, ValueError):
         if why:
             start = "\n" if sys.stderr.isatty() else ""  # a live progress line may stand there
+            sys.stderr.write(f"{start}error: {why}; the run ends here")
+            sys.stderr.flush()
             try:
                 then = what_next()
-            except UserError:
+            except Exception:  # whatever it is, it is not what ends the run
                 then = _stands()
-            sys.stderr.write(f"{start}error: {why}; the run ends here; {then}\n")
+            sys.stderr.write(f"; {then}\n")
         sys.stderr.flush()
         sys.stdout.flush()
     os._exit(EXIT_FAILURE)

@@ -44,11 +44,11 @@ def describe(
     config: Config, datasets: Datasets, vocab_size: int, world: World, progress: Progress, outlook: Outlook
 ) -> str:
     """What is about to happen, in a few lines; `outlook` is that from `progress`."""
-    repeated = repetition(outlook.end.consumed_tokens, datasets.num_tokens[0])
+    per_epoch = datasets.train.num_samples_per_epoch
+    repeated = repetition(outlook.end.consumed_samples, per_epoch)
     parameters = parameter_count(config.model, vocab_size)
     padded = config.model.padded_vocab_size(vocab_size)
     padding = f" (padded to {padded:,})" if padded != vocab_size else ""
-    per_epoch = datasets.train.num_samples_per_epoch
     ranks = str(world.device.type)
     if world.size > 1:
         ranks = f"{world.size} x {ranks} ({layout_name(config, world)})"

@@ -80,7 +80,9 @@ def how_to_go_on(config: CheckpointConfig) -> str:
         return "nothing is saved: no --save"
     step = newest_iteration(Path(config.save) / CHECKPOINTS)
     if step is None:
-        again = "choose another --save" if config.finetune else f"start it again with --load {config.save}"
+        again = f"start it again with --load {config.save}"
+        if config.finetune or (config.load is not None and not continues(config)):  # it began with another's weights
+            again = "start it again with another --save"
         return f"no checkpoint was saved yet: {again}, from the beginning"
     without = ", without --finetune" * config.finetune
     return f"start it again with --load {config.save}{without}: it goes on from step {step:,}"
