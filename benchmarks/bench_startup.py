@@ -84,7 +84,7 @@ def make_commands(prefix: str) -> dict[str, tuple[list[str], str | None]]:
     }  # fmt: skip
     train = [sys.executable, "-u", "pretrain_gpt2.py", *(text for k, v in flags.items() for text in (f"--{k}", str(v)))]
     commands["first step, transformers"] = ([sys.executable, "-c", THEIR_STEP], "step 1")
-    commands["first step, ours"] = (train, "step 1 ")
+    commands["first step, ours"] = (train, "step 1/")
     return commands
 
 

@@ -30,6 +30,7 @@ class _Sample(NamedTuple):
     clock: float
     seconds: float
     tokens: int
+    iterations: int
 
 
 class ProgressLine:
@@ -41,7 +42,7 @@ class ProgressLine:
     this process: they are few, so that in a window each would be too much or nothing.
 
     The loss is the mean over the last `log_interval` steps, those that are not finite aside; of a step that itself is
-    not finite it is that step's.
+    not finite it is that step's. Skipped steps are counted from the start of this process, those rolled back aside.
     """
 
     def __init__(
@@ -62,6 +63,8 @@ class ProgressLine:
         """
         self._name = name
         self.target_tokens = target_tokens
+        self.last_step: int | None = None
+        """The step that the run ends with, where it is known."""
         self._full_batch = full_batch or 0
         self._log_interval = log_interval
         self._silent = silent
@@ -74,6 +77,7 @@ class ProgressLine:
         self._first: _Sample | None = None
         self._window: deque[_Sample] = deque()
         self._losses: deque[float] = deque(maxlen=log_interval)
+        self._skipped: list[int] = []
         self._last: Mapping[str, Any] | None = None
         self._last_printed: int | None = None
 
@@ -88,8 +92,11 @@ class ProgressLine:
         self._observe(now, step)
         if self._last is not None and step["iteration"] <= self._last["iteration"]:
             self._losses.clear()  # a rollback has undone them
-        if _finite(loss := step.get("loss")):
-            self._losses.append(loss)
+            self._skipped = [skipped for skipped in self._skipped if skipped < step["iteration"]]
+        if step.get("loss") is not None:
+            self._losses.append(step["loss"])
+        if step.get("skipped"):
+            self._skipped.append(step["iteration"])
         self._last = step
         if self._live:
             if now - self._drawn >= REDRAW_SECONDS:
@@ -129,6 +136,12 @@ class ProgressLine:
         steps = list(self._steps())
         seconds = sum(step.seconds for step in steps)
         return sum(step.tokens for step in steps) / seconds if seconds > 0 else None
+
+    def step_seconds(self) -> float | None:
+        """Recent training time of a step; None before the second step."""
+        steps = list(self._steps())
+        iterations = sum(step.iterations for step in steps)
+        return sum(step.seconds for step in steps) / iterations if iterations > 0 else None
 
     def seconds_left(self) -> float | None:
         """Seconds of wall time until the target, at the recent pace, with what evaluation and saving add."""
@@ -171,7 +184,9 @@ class ProgressLine:
 
     def _observe(self, now: float, step: Mapping[str, Any]) -> None:
         seconds = step.get("seconds")
-        sample = _Sample(now, now if seconds is None else float(seconds), int(step["consumed_tokens"]))
+        sample = _Sample(
+            now, now if seconds is None else float(seconds), int(step["consumed_tokens"]), int(step["iteration"])
+        )
         self._first = self._first or sample
         span = max(WINDOW_SECONDS, 0.1 * (now - self._start))
         window = self._window
@@ -186,7 +201,12 @@ class ProgressLine:
     def _steps(self) -> Iterator[_Sample]:
         """What each sample of the window has added; none where a rollback went back."""
         for before, after in pairwise(self._window):
-            step = _Sample(after.clock - before.clock, after.seconds - before.seconds, after.tokens - before.tokens)
+            step = _Sample(
+                after.clock - before.clock,
+                after.seconds - before.seconds,
+                after.tokens - before.tokens,
+                after.iterations - before.iterations,
+            )
             if step.tokens > 0 and step.seconds >= 0:
                 yield step
 
@@ -198,22 +218,25 @@ class ProgressLine:
 
         done, ahead = format_count(step["consumed_tokens"]), []
         if _finite(step.get("loss")):
-            step = {**step, "loss": fmean(self._losses)}
+            step = {**step, "loss": fmean(filter(math.isfinite, self._losses))}
         if self.target_tokens:
             share = min(1.0, step["consumed_tokens"] / self.target_tokens)
             ahead = [f"{math.floor(100 * share)}% ETA {format_duration(self.seconds_left())}"]
             done += f"/{format_count(self.target_tokens)}"
         growing = (step.get("global_batch_size") or math.inf) < self._full_batch
-        speed = self.speed()
-        return f"step {step['iteration']:,}", [
+        speed, pace = self.speed(), self.step_seconds()
+        last = "" if self.last_step is None else f"/{self.last_step:,}"
+        return f"step {step['iteration']:,}{last}", [
             *ahead,
             *value("loss", "loss", ".4f"),
             *value("seqlen", "seqlen", "d"),
             *(value("global_batch_size", "batch", "d") if growing else []),
+            *([f"{len(self._skipped)} skipped"] if self._skipped else []),
             *([] if speed is None else [f"{format_count(speed)} tok/s"]),
             f"{done} tokens",
-            *value("lr", "lr", ".1e"),
+            *value("lr", "lr", ".2e"),
             *value("grad_norm", "grad norm", ".2f"),
+            *([] if pace is None else [f"{1000 * pace:,.{1 if pace < 0.1 else 0}f} ms/step"]),
         ]
 
     def _print_step(self, step: Mapping[str, Any]) -> None:

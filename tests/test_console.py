@@ -63,19 +63,20 @@ def test_format_duration(seconds: float | None, text: str) -> None:
 def test_plain_lines_every_log_interval() -> None:
     out, clock = io.StringIO(), Clock()
     line = ProgressLine("slw", target_tokens=10_000_000, log_interval=600, stream=out, clock=clock)
+    line.last_step = 2858
     for iteration in range(1, 1251):
         clock.now = 3500 * iteration / 20_000
         line.update(step(iteration, 3500 * iteration))
     line.validation({"iteration": 1250, "consumed_tokens": 4_375_000, "loss": 5.0, "perplexity": 148.4132})
     line.close()
     assert out.getvalue().splitlines() == [
-        "step 600 | 21% ETA 06:35 | loss 5.1234 | seqlen 120 | 20.0K tok/s | 2.10M/10.0M tokens"
-        " | lr 6.0e-04 | grad norm 0.52",
-        "step 1,200 | 42% ETA 04:50 | loss 5.1234 | seqlen 120 | 20.0K tok/s | 4.20M/10.0M tokens"
-        " | lr 6.0e-04 | grad norm 0.52",
+        "step 600/2,858 | 21% ETA 06:35 | loss 5.1234 | seqlen 120 | 20.0K tok/s | 2.10M/10.0M tokens"
+        " | lr 6.00e-04 | grad norm 0.52 | 175 ms/step",
+        "step 1,200/2,858 | 42% ETA 04:50 | loss 5.1234 | seqlen 120 | 20.0K tok/s | 4.20M/10.0M tokens"
+        " | lr 6.00e-04 | grad norm 0.52 | 175 ms/step",
         "validation | step 1,250 | 4.38M tokens | loss 5.0000 | perplexity 148.41",
-        "step 1,250 | 43% ETA 04:41 | loss 5.1234 | seqlen 120 | 20.0K tok/s | 4.38M/10.0M tokens"
-        " | lr 6.0e-04 | grad norm 0.52",
+        "step 1,250/2,858 | 43% ETA 04:41 | loss 5.1234 | seqlen 120 | 20.0K tok/s | 4.38M/10.0M tokens"
+        " | lr 6.00e-04 | grad norm 0.52 | 175 ms/step",
     ]
 
 
@@ -165,18 +166,36 @@ def losses_shown(text: str) -> list[str]:
 
 
 def test_the_loss_is_the_mean_over_the_log_interval() -> None:
-    """Of fewer steps at the start and after a rollback; what is not finite is shown and left out."""
+    """Of fewer steps at the start and after a rollback; what is not finite is left out, and shown where it is due."""
     out = io.StringIO()
     line = ProgressLine("slw", target_tokens=None, log_interval=2, stream=out)
-    for iteration, loss in enumerate((9.0, 7.0, 6.0, float("nan"), 3.0, 4.0, 2.0), start=1):
+    for iteration, loss in enumerate((9.0, 7.0, 6.0, float("nan"), float("nan"), 4.0, 2.0), start=1):
         line.update(step(iteration, iteration, loss=loss))
-    assert losses_shown(out.getvalue()) == ["8.0000", "nan", "3.5000"]
+    assert losses_shown(out.getvalue()) == ["8.0000", "nan", "4.0000"]
     line.print_last()
     line.update(step(6, 6, loss=1.0))
     assert losses_shown(out.getvalue())[3:] == ["3.0000", "1.0000"]
     line.update(step(7, 7, loss=None))
     line.close()
     assert out.getvalue().splitlines()[-1].startswith("step 7 | seqlen")
+
+
+def test_skipped_steps_are_counted_from_the_first() -> None:
+    out = io.StringIO()
+    line = ProgressLine("slw", target_tokens=None, log_interval=1, stream=out)
+    for iteration, skipped in ((1, False), (2, True), (3, True), (4, False), (3, False)):  # 3 after a rollback
+        line.update(step(iteration, 8, skipped=skipped))
+    shown = [re.findall(r"\| seqlen 120 \| (\d+ skipped)", text) for text in out.getvalue().splitlines()]
+    assert shown == [[], ["1 skipped"], ["2 skipped"], ["2 skipped"], ["1 skipped"]]
+
+
+def test_the_time_of_a_step_is_that_of_training() -> None:
+    out, clock = io.StringIO(), Clock()
+    line = ProgressLine("slw", target_tokens=None, log_interval=1, stream=out, clock=clock)
+    for iteration, seconds in ((1, 0.01), (2, 0.02), (3, 0.04), (4, 1.51)):
+        clock.now += 7
+        line.update(step(iteration, iteration, seconds=seconds))
+    assert re.findall(r"\S+ ms/step$", out.getvalue(), re.MULTILINE) == ["10.0 ms/step", "15.0 ms/step", "500 ms/step"]
 
 
 def test_the_live_line_has_the_mean_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,7 +235,7 @@ def test_live_line_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
         (79, "baseline | 50% ETA 00:10 | step 20 | loss 5.1234 | seqlen 120 | 50 tok/s"),
         (99, "baseline | 50% ETA 00:10 | step 20 | loss 5.1234 | seqlen 120 | 50 tok/s | 500/1.00K tokens"),
         (300, "baseline | 50% ETA 00:10 | step 20 | loss 5.1234 | seqlen 120 | 50 tok/s | 500/1.00K tokens"
-              " | lr 6.0e-04 | grad norm 0.52"),
+              " | lr 6.00e-04 | grad norm 0.52 | 500 ms/step"),
     ],
 )  # fmt: skip
 def test_a_narrow_terminal_goes_without_the_last_fields(

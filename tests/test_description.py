@@ -13,7 +13,7 @@ from megatron.config import Config, SeqlenWarmupConfig, TokenizerConfig, Trainin
 from megatron.distributed.world import World
 from megatron.pacing.plan import look_ahead, plan_run
 from megatron.progress import Progress
-from megatron.training.description import describe, end, learning_rate, precision, warnings
+from megatron.training.description import describe, end, last_step, learning_rate, precision, warnings
 
 LINEAR = "--seqlen-warmup linear --seqlen-start 8 --seqlen-warmup-iters 1200"
 
@@ -72,6 +72,17 @@ def test_the_whole_of_it() -> None:
 )  # fmt: skip
 def test_the_end_of_a_run(flags: str, words: str) -> None:
     assert until(flags) == words
+
+
+def test_the_last_step_is_known_unless_an_adaptive_warmup_has_tokens_to_go_by() -> None:
+    adaptive = "--seqlen-warmup adaptive --seqlen-start 32 --seqlen-adaptive-step 32 --eval-interval 4"
+    short, ends = "--seq-length 64 --global-batch-size 2", {"--train-iters 9": 9, "--train-tokens 1000": 8}
+    for flags, step in ends.items():
+        config = configured(f"{short} {flags}")
+        assert last_step(config, look_ahead(config, Progress())) == step
+    for flags, step in {"--train-iters 9": 9, "--train-samples 18": 9, "--train-tokens 1000": None}.items():
+        config = configured(f"{short} {flags} {adaptive}")
+        assert last_step(config, look_ahead(config, Progress())) == step
 
 
 def test_the_end_is_that_of_the_run_as_it_is() -> None:

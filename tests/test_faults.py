@@ -214,7 +214,8 @@ def test_a_stop_file_saves_stops_and_is_taken_away(corpus, plain, tmp_path, monk
 def test_a_time_limit_saves_and_stops(corpus, plain, tmp_path, capsys):
     home = tmp_path / "run"
     assert run(corpus, home, forward_step, "--exit-duration-in-mins", "1e-9") == EXIT_STOPPED
-    assert "stopped by --exit-duration-in-mins 1e-09; saved at step 1" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "stopped by --exit-duration-in-mins 1e-09; saved at step 1" in said and "\nstep 1/20 | " in said
     assert run(corpus, home) == EXIT_FINISHED
     assert log_of(home) == log_of(plain[0])
 

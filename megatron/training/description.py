@@ -74,6 +74,12 @@ def precision(training: TrainingConfig) -> str:
     return "bf16 (autocast)" if training.bf16 else "fp32"
 
 
+def last_step(config: Config, outlook: Outlook) -> int | None:
+    """The step that the run ends with; None where an adaptive warmup decides what tokens the steps until then have."""
+    adaptive = config.seqlen_warmup.seqlen_warmup == "adaptive"
+    return None if adaptive and any(end.unit == "tokens" for end in config.training.ends()) else outlook.end.iteration
+
+
 def end(config: Config, progress: Progress, outlook: Outlook) -> str:
     """Where the run ends and is at full length, as far as that is known, and what stops it before."""
     last, full, training = outlook.end, outlook.full_length_iteration, config.training

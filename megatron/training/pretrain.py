@@ -20,7 +20,7 @@ from megatron.errors import EXIT_FINISHED
 from megatron.metrics import MetricsLogger
 from megatron.model.initialisation import initialise
 from megatron.pacing.plan import look_ahead
-from megatron.training.description import describe
+from megatron.training.description import describe, last_step
 from megatron.training.home import (
     check_homes,
     continues,
@@ -103,7 +103,7 @@ def _pretrain(
             resume(state, source, config, settings, world, console)
         world.on_main(lambda: open_home(config, state, console))
         outlook = look_ahead(config, state.progress)
-        console.target_tokens = outlook.end.consumed_tokens
+        console.target_tokens, console.last_step = outlook.end.consumed_tokens, last_step(config, outlook)
         console.message(describe(config, datasets, vocabulary.size, world, state.progress, outlook))
         home = Path(config.checkpoint.save) if config.checkpoint.save is not None and world.is_main else None
         with (
