@@ -60,7 +60,8 @@ def require_named(directory: Path, path: Path) -> None:
         find_whole(directory, fallback=False)
     message, older = str(caught.value), directory / "iter_0000005"
     assert f"{path}: " in message and message.endswith(
-        f"; the newest older whole checkpoint is {older}: name it with --load; training also takes it with --load-fallback"
+        f"; the newest older whole checkpoint is {older}: name it with --load; "
+        "training also takes it with --load-fallback"
     )
     lines: list[str] = []
     found = find_whole(directory, fallback=True, report=lines.append)
