@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron.config import Config, DataConfig
 from megatron.data.blending import BlendedDataset, parse_data_path
@@ -29,7 +29,7 @@ class Datasets:
     fingerprint: str
     """What a resume compares: the digest of the corpora, their weights and their splits."""
     notes: tuple[str, ...]
-    """A line for each corpus that validation or test go without."""
+    """What the user may not have meant: a corpus that validation or test go without, a tokenizer of another type."""
     num_tokens: tuple[int, int, int]
     """Tokens of all corpora in training, validation and test."""
 
@@ -49,7 +49,7 @@ def open_data(config: Config) -> tuple[Vocabulary, Datasets]:
             f"--seqlen-warmup adaptive lengthens after validations, and --split {config.data.split} leaves no document "
             "for them"
         )
-    return vocabulary, datasets
+    return vocabulary, replace(datasets, notes=(*vocabulary.notes, *datasets.notes))
 
 
 def build_datasets(

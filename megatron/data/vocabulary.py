@@ -9,6 +9,7 @@ from megatron.config import Config, DataConfig, TokenizerConfig
 from megatron.data.blending import parse_data_path
 from megatron.data.indexed_dataset import IndexedDataset, Sidecar, paths_of
 from megatron.errors import UserError
+from megatron.tokenizer.base import Tokenizer
 from megatron.tokenizer.build import named_tokenizer
 
 
@@ -20,20 +21,24 @@ class Vocabulary:
     """Before padding."""
     eod: int | None
     fingerprint: str
+    notes: tuple[str, ...] = ()
+    """What the user may not have meant."""
 
 
 def find_vocabulary(config: TokenizerConfig, prefixes: list[str]) -> Vocabulary:
     """The vocabulary that the tokenizer flags name, else --vocab-size, else what preprocessing noted of the data.
 
     Raises:
-        UserError: where none of them says it, two corpora disagree, or documents of the data end with another token
-            than the tokenizer's.
+        UserError: where none of them says it, two corpora disagree, or the data were made with another tokenizer than
+            that of the flags, as far as preprocessing noted it.
     """
-    named = _named(config)
-    if named is not None:
-        if named.eod is not None:
-            require_same_end(named.eod, prefixes)
-        return named
+    tokenizer = named_tokenizer(config)
+    if tokenizer is not None:
+        notes = _compare(config, tokenizer, prefixes)
+        require_same_end(tokenizer.eod, prefixes)
+        return Vocabulary(tokenizer.vocab_size, tokenizer.eod, tokenizer.fingerprint, notes)
+    if config.vocab_size is not None:
+        return Vocabulary(config.vocab_size, None, f"vocabulary of {config.vocab_size}")
     noted = {prefix: IndexedDataset(prefix).sidecar for prefix in prefixes}
     found = set()
     for prefix, sidecar in noted.items():
@@ -53,9 +58,11 @@ def vocabulary_size(config: Config) -> int | None:
 
     Raises UserError for a tokenizer that cannot be read.
     """
-    named = _named(config.tokenizer)
-    if named is not None:
-        return named.size
+    tokenizer = named_tokenizer(config.tokenizer)
+    if tokenizer is not None:
+        return tokenizer.vocab_size
+    if config.tokenizer.vocab_size is not None:
+        return config.tokenizer.vocab_size
     noted = noted_vocabulary(config.data)
     return noted.size if noted is not None else None
 
@@ -88,11 +95,35 @@ def require_same_end(eod: int, prefixes: Iterable[str]) -> None:
             )
 
 
-def _named(config: TokenizerConfig) -> Vocabulary | None:
-    """The vocabulary that the flags name; None where they name none."""
-    tokenizer = named_tokenizer(config)
-    if tokenizer is not None:
-        return Vocabulary(tokenizer.vocab_size, tokenizer.eod, tokenizer.fingerprint)
-    if config.vocab_size is not None:
-        return Vocabulary(config.vocab_size, None, f"vocabulary of {config.vocab_size}")
-    return None
+def _compare(config: TokenizerConfig, tokenizer: Tokenizer, prefixes: Iterable[str]) -> tuple[str, ...]:
+    """A note where preprocessing noted a tokenizer of another type than that of the flags, one for all such data.
+
+    One tokenizer has another fingerprint in files of another type, so that they cannot be compared.
+
+    Raises:
+        UserError: where it noted another one of the same type, or the data hold ids that the tokenizer has not.
+    """
+    flags = ("vocab_file", "merge_file", "tokenizer_file")
+    given = " and ".join(f"--{flag.replace('_', '-')} {file}" for flag in flags if (file := getattr(config, flag)))
+    others = []
+    for prefix in prefixes:
+        path = paths_of(prefix)[2]
+        sidecar = Sidecar.read(path)
+        if sidecar is None or sidecar.vocab_size is None or sidecar.tokenizer_fingerprint == tokenizer.fingerprint:
+            continue
+        if IndexedDataset(prefix).sidecar is None:  # it describes other files
+            continue
+        if sidecar.tokenizer == tokenizer.name or sidecar.max_token_id >= tokenizer.vocab_size:
+            raise UserError(
+                f"{given}: expected the {sidecar.tokenizer} of {sidecar.vocab_size:,} tokens, fingerprint "
+                f"{(sidecar.tokenizer_fingerprint or '')[:12]}, that {path} notes, found the {tokenizer.name} of "
+                f"{tokenizer.vocab_size:,} tokens, fingerprint {tokenizer.fingerprint[:12]}: give the files that the "
+                "corpus was preprocessed with"
+            )
+        others.append(prefix)
+    if not others:
+        return ()
+    return (
+        f"{given}: cannot be compared with the tokenizer that preprocessing noted of {', '.join(others)}: its files "
+        "are of another type, and so is its fingerprint; see that it is the same tokenizer",
+    )
