@@ -157,7 +157,7 @@ REFUSED = [
     (cut_idx, "", r"toy_text_document\.idx: expected .* found 50"),
     (exchange_bin, "", r"\.bin: expected the file that toy_text_document\.json describes, found another"),
     (no_idx, "", r"toy_text_document\.idx: does not exist"),
-    (new_corpus, "", r"other settings: data: checkpoint \w+, now \w+\. .*--override data"),
+    (new_corpus, "", r"other settings: data: checkpoint [0-9a-f]{12}, now [0-9a-f]{12}\. .*--override data"),
     (nothing, "--vocab-size 70", r"other settings: tokenizer: checkpoint .*64.*, now .*70.*--override tokenizer"),
     (nothing, "--seq-length 24", r"other settings: .*seq_length: checkpoint 16, now 24.*another run in a new --save"),
     (nothing, "--global-batch-size 32", r"global_batch_size: checkpoint 16, now 32.*--override global_batch_size"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -137,7 +138,7 @@ def check_settings(saved: dict[str, Any], current: dict[str, Any], override: tup
         UserError: listing every other difference, the checkpoint's value and the run's side by side.
     """
     allowed = {name.replace("-", "_") for name in override}
-    differences = {n: (saved.get(n), v) for n, v in current.items() if saved.get(n) != v}
+    differences = {n: (_short(saved.get(n)), _short(v)) for n, v in current.items() if saved.get(n) != v}
     refused = {n: d for n, d in differences.items() if n not in allowed or n in SHAPES}
     if refused:
         lines = "; ".join(f"{n}: checkpoint {old}, now {new}" for n, (old, new) in refused.items())
@@ -147,3 +148,8 @@ def check_settings(saved: dict[str, Any], current: dict[str, Any], override: tup
             advice = f"start another run in a new --save: its weights have the shapes of its {' and '.join(fixed)}"
         raise UserError(f"{where} was made with other settings: {lines}. Use the checkpoint's, or {advice}")
     return [f"{n}: {old} -> {new}" for n, (old, new) in differences.items()]
+
+
+def _short(value: Any) -> Any:
+    """A digest by its first digits, as other messages have it; any other value as it is."""
+    return value[:12] if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) else value
