@@ -19,7 +19,7 @@ from megatron.config import CheckpointConfig, Config
 from megatron.data.indexed_writer import IndexedDatasetWriter
 from megatron.distributed.world import World
 from megatron.errors import UserError
-from megatron.training.home import how_to_go_on, layout_name, noting_how_to_go_on
+from megatron.training.home import check_homes, how_to_go_on, layout_name, noting_how_to_go_on
 from megatron.training.stop import StopRequest
 
 ROOT = Path(__file__).parents[1]
@@ -527,6 +527,17 @@ def test_another_run_in_the_same_directory_is_refused(corpus, straight):
     result = run(corpus, "--train-iters", "20", "--save", str(straight))
     assert result.returncode == 1
     assert "already holds a run" in result.stderr
+
+
+def test_a_load_without_a_checkpoint_is_named_before_a_save_that_holds_a_run(tmp_path):
+    home, other = tmp_path / "run", tmp_path / "other"
+    for run_of in (home, other):
+        (run_of / "checkpoints" / "iter_0000005").mkdir(parents=True)
+    for load in (tmp_path / "nosuch", other / "checkpoints" / "iter_0000001"):
+        with pytest.raises(UserError, match=rf"^--load {load}: no checkpoint found there, and --save {home} already"):
+            check_homes(CheckpointConfig(save=str(home), load=str(load)))
+    with pytest.raises(UserError, match=rf"^--save {home} already holds a run: add --load {home}"):
+        check_homes(CheckpointConfig(save=str(home), load=str(other)))
 
 
 @pytest.mark.parametrize(

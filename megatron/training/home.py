@@ -13,6 +13,7 @@ from megatron.checkpointing.checkpoint import STATE, Checkpoint, check_space, fi
 from megatron.checkpointing.commit import (
     CHECKPOINTS,
     checkpoints_in,
+    named_checkpoints,
     newest_iteration,
     reap_temporary,
     set_aside_newer,
@@ -38,6 +39,12 @@ def check_homes(config: CheckpointConfig) -> None:
     log = home / METRICS_FILE
     if any((home / CHECKPOINTS).glob("iter_*")) or (log.exists() and log.stat().st_size):
         if not continues(config):
+            found = named_checkpoints(checkpoints_in(Path(config.load))) if config.load is not None else []
+            if config.load is not None and not any(path.exists() for path in found):
+                raise UserError(
+                    f"--load {config.load}: no checkpoint found there, and --save {home} already holds a run: give "
+                    f"--load {home} to continue it, or the run to start from and another --save"
+                )
             raise UserError(
                 f"--save {home} already holds a run: add --load {home} to continue it, or choose another directory"
             )
