@@ -110,7 +110,10 @@ python - "$tokenizer/vocab.json" <<'PYTHON'
 import json, math, sys
 size = len(json.load(open(sys.argv[1], encoding="utf-8")))
 print(f"\nThe loss is lower the better a model predicts the next token. A model that knows nothing has {math.log(size):.1f},")
-print(f"the logarithm of the {size:,} tokens of the vocabulary; all that counts is the loss of the validation.")
+print(f"the logarithm of the {size:,} tokens of the vocabulary; 5 is much for minutes of training. What counts is the")
+print("loss of the lines that begin with validation, on text that is not trained on. A step is one update of the model,")
+print("seqlen the length of the pieces of text it learns from; the loss of a step's line is the mean of the last 10 steps.")
+print("More words: docs/how-it-works.md.")
 PYTHON
 train baseline "pretraining at full length" ${both[@]+"${both[@]}"}
 train slw "pretraining with sequence length warmup" ${both[@]+"${both[@]}"} ${warmup[@]+"${warmup[@]}"}
@@ -128,6 +131,7 @@ python tools/generate_samples_gpt2.py --load $short/slw --prompt "The" --out-seq
     # text by the model: of one so small, trained for minutes, it is gibberish
 python tools/compare_runs.py $short/baseline $short/slw
     # every number of both; the report with figures, for a browser: $short/report.html
+    # (could it be chance? docs/miniature.md has 24 runs of this model: at this rate seeds alone lie 1.0 to 1.3 apart)
 python tools/watch_run.py $short/slw
     # a run as it stands or goes on: in a second terminal, while the first one trains
 TEXT

@@ -204,7 +204,8 @@ def furnished(server: ProgramServer, tmp_path_factory: pytest.TempPathFactory) -
     for packed in ("data/texts.jsonl.gz", "books.jsonl.gz"):
         subprocess.run(f"gzip --stdout data/texts.jsonl > {packed}", shell=True, cwd=here, check=True)
     (here / "data/texts.jsonl").unlink()
-    (here / "data/notes.txt").write_text("\n\n".join(texts))
+    for place in ("data/notes.txt", "my.txt"):
+        (here / place).write_text("\n\n".join(texts))
     (here / "wiki.test.tokens").write_text(" = A river = \n\n " + " \n ".join(texts[:3]) + " \n")
     (here / "prompts.txt").write_text("The river\nA stone\n")
     write_lambada(here / "lambada_test.jsonl", made_up_texts(4))

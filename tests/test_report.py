@@ -265,3 +265,23 @@ def test_a_terminal_shows_many_runs_by_their_seeds(tmp_path: Path) -> None:
     assert rows.keys() == {"slw", "baseline"}
     assert "2.300 ± 0.258 (2.000 to 2.600)" in rows["slw"] and rows["slw"].split()[1] == "4"
     assert max(map(len, said.splitlines())) < 120
+
+
+def test_losses_of_other_texts_are_said_not_to_compare(tmp_path: Path) -> None:
+    runs = planted(tmp_path, {"base": [4.0, 3.0], "slw": [4.0, 3.5]})
+
+    def said(**settings: str) -> str:
+        for name, value in ({"base": "a", "slw": "a"} | settings).items():
+            (tmp_path / name / "config.yaml").write_text(f"data-path: [{value}]\nlr: 1e-3\ntrain-iters: 2\n")
+        return verdict(runs)
+
+    assert "cannot be compared" not in said()
+    assert "base and slw differ in --data-path: losses of other texts" in said(slw="b")
+    (tmp_path / "slw" / "config.yaml").unlink()
+    assert "cannot be compared" not in verdict(runs)
+
+
+def test_a_loss_between_validations_is_said_to_be_one(tmp_path: Path) -> None:
+    runs = planted(tmp_path, {"base": [4.0] * 6, "slw": [4.0] * 4})
+    assert "at 400 tokens, between two validations" in verdict(runs)
+    assert "between" not in verdict(planted(tmp_path, {"base": [4.0] * 4, "slw": [3.0] * 4}))

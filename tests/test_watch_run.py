@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from synthetic_runs import write_losses, write_run
 
+from megatron.errors import UserError
 from megatron.instability import watching
 from megatron.instability.dashboard import Dashboard, sparkline
 from megatron.instability.watching import History, LogTail, WatchedRun
@@ -372,3 +373,11 @@ def test_the_dashboard_is_what_rich_draws(runs: list[WatchedRun]) -> None:
     console = Console(width=60, height=8, file=open(os.devnull, "w"), record=True)  # noqa: SIM115
     console.print(Dashboard(runs))
     assert [line.rstrip() for line in console.export_text().splitlines()] == shown(*runs, height=8)
+
+
+def test_a_folder_of_runs_is_not_waited_for(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").touch()
+    with pytest.raises(UserError, match=f"holds 2 runs, and is none itself: give {tmp_path}/a {tmp_path}/b"):
+        WatchedRun(tmp_path)

@@ -154,7 +154,9 @@ def _verdict(sentences: str) -> str:
     """Open where it is short: of many runs there are many sentences."""
     lines = "\n".join(f"<p>{escape(sentence)}</p>" for sentence in sentences.splitlines())
     opened = " open" if len(sentences.splitlines()) <= 5 else ""
-    return f"<details{opened}><summary>Each run against the first</summary>\n{lines}\n</details>" if lines else ""
+    return (
+        f"<details{opened}><summary>Result: each run against the first</summary>\n{lines}\n</details>" if lines else ""
+    )
 
 
 def _definitions(pairs: Sequence[tuple[str, str]], style: str = "") -> str:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-from megatron.arguments import read_config
+from megatron.arguments import flat, read_config
 from megatron.console import format_count, format_duration
 from megatron.errors import UserError
 from megatron.instability.groups import Group
@@ -16,6 +16,8 @@ from megatron.instability.tables import ABSENT, duration, number
 EQUAL_TOKENS = 0.01
 """Runs whose last validations lie within this share of each other are compared there, at their ends."""
 
+TASK = ("data_path", "split", "vocab_file", "merge_file", "tokenizer_file", "seq_length")
+"""Settings that decide on what text, in which tokens and at what length a run is validated."""
 TIME_CAUTION = (
     "Times count only where nothing else ran on the machine: on a shared one even a large difference says little."
 )
@@ -81,6 +83,7 @@ def verdict(runs: Sequence[Run], groups: Sequence[Group] = ()) -> str:
         return ""
     first, *others = runs
     lines = [f"{_loss_sentence(first, other)} {_time_sentence(first, other)}" for other in others]
+    lines += [sentence for other in others if (sentence := _texts_sentence(first, other))]
     lines += [sentence for sentence in map(_length_sentence, runs) if sentence]
     return "\n".join([*lines, _seeds_sentence(groups), TIME_CAUTION])
 
@@ -96,6 +99,26 @@ def _seeds_sentence(groups: Sequence[Group]) -> str:
     return (
         f"Runs that differ only in their seed lie up to {max(gaps):.4f} apart in their last validation loss: of two "
         "single runs a smaller gap says nothing."
+    )
+
+
+def _texts_sentence(first: Run, other: Run) -> str:
+    """What makes the validation losses of two runs those of different tasks, by the config.yaml beside their logs."""
+    found = []
+    for run in (first, other):
+        path = run.path and run.path.with_name("config.yaml")
+        if path is None or not path.is_file():
+            return ""
+        try:
+            found.append(flat(read_config(path, "model", "tokenizer", "data")))
+        except UserError:  # the configuration of another version
+            return ""
+    differ = [f"--{name.replace('_', '-')}" for name in TASK if found[0][name] != found[1][name]]
+    if not differ:
+        return ""
+    return (
+        f"{first.name} and {other.name} differ in {' and '.join(differ)}: losses of other texts, tokenizers or lengths "
+        "cannot be compared."
     )
 
 
@@ -120,13 +143,15 @@ def _loss_sentence(first: Run, other: Run) -> str:
     if tokens[0] is None or tokens[1] is None:
         return f"{first.name} and {other.name} cannot be compared: a validation is missing."
     shared = min(tokens[0], tokens[1])
+    where = f"at {format_count(shared)} tokens"
     if max(tokens[0], tokens[1]) <= (1 + EQUAL_TOKENS) * shared:
         losses = [end.validation_loss for end in ends]
     else:
         losses = [run.validation_loss_at(shared) for run in (first, other)]
+        where += ", between two validations"
     if losses[0] is None or losses[1] is None:
         return f"{first.name} and {other.name} were not validated at the same tokens."
-    return _compare_losses((first.name, other.name), (losses[0], losses[1]), f"at {format_count(shared)} tokens")
+    return _compare_losses((first.name, other.name), (losses[0], losses[1]), where)
 
 
 def _compare_losses(names: tuple[str, str], losses: tuple[float, float], where: str) -> str:

@@ -104,6 +104,14 @@ class Run:
         return float(np.interp(tokens, counts, losses))
 
 
+def require_no_parent(directory: Path) -> None:
+    """Raise UserError where `directory` is no run itself, but holds some."""
+    within = [] if has_begun(directory) else [str(log.parent) for log in sorted(directory.glob(f"*/{METRICS_FILE}"))]
+    if within:
+        several = f"{len(within)} runs" if len(within) > 1 else "a run"
+        raise UserError(f"{directory} holds {several}, and is none itself: give {' '.join(within)}")
+
+
 def read_run(directory: Path | str, *, name: str | None = None) -> Run:
     """Read a run directory (or a metrics.jsonl itself), also while the run goes on; it may have no step yet.
 
@@ -114,10 +122,7 @@ def read_run(directory: Path | str, *, name: str | None = None) -> Run:
         path = path / METRICS_FILE
     if not path.is_file():
         if not has_begun(path.parent):
-            within = [str(log.parent) for log in sorted(path.parent.glob(f"*/{METRICS_FILE}"))]
-            if within:
-                several = f"{len(within)} runs" if len(within) > 1 else "a run"
-                raise UserError(f"{path.parent} holds {several}, and is none itself: give {' '.join(within)}")
+            require_no_parent(path.parent)
             raise UserError(f"{path}: no such file; expected the --save directory of a run")
         return Run(name or path.resolve().parent.name, {}, {}, path, state=read_state(path, stepped=False))
     steps: list[dict[str, Any]] = []

@@ -16,7 +16,7 @@ from megatron.config import Config
 from megatron.console import ProgressLine
 from megatron.errors import UserError
 from megatron.files import file_errors
-from megatron.instability.summary import has_begun, read_state
+from megatron.instability.summary import has_begun, read_state, require_no_parent
 from megatron.metrics import METRICS_FILE, parse_line
 from megatron.pacing.plan import target_tokens
 
@@ -132,10 +132,16 @@ class WatchedRun:
     """What is known of one run at the last look."""
 
     def __init__(self, path: Path | str) -> None:
-        """`path`: its --save directory, or the metrics.jsonl itself; neither need exist yet."""
+        """`path`: its --save directory, or the metrics.jsonl itself; neither need exist yet.
+
+        Raises:
+            UserError: for a directory that is no run but holds some.
+        """
         path = Path(path)
         self.name = str(path)
         log = path if path.suffix == ".jsonl" and not path.is_dir() else path / METRICS_FILE
+        if not log.is_file():
+            require_no_parent(log.parent)
         self._tail = LogTail(log)
         self._config = log.with_name("config.yaml")
         self._clear()

@@ -130,8 +130,10 @@ class Run:
         if self._world.any(self._stop.reason is not None):
             return self._stopped(self._stop.reason or OTHER_RANK)
         self._leave("finished", None)
-        if not worked:
-            self._console.message(f"nothing left to do: the run has ended with step {self.state.progress.iteration:,}")
+        step = f"{self.state.progress.iteration:,}"
+        self._console.message(
+            f"finished with step {step}" if worked else f"nothing left to do: the run has ended with step {step}"
+        )
         return EXIT_FINISHED
 
     def _stopped(self, reason: str) -> int:
@@ -141,8 +143,15 @@ class Run:
         self._leave("stopped", reason)
         if self._world.is_main:
             self._stop.answered()
-        saved = f"saved at step {self.state.progress.iteration:,}" if kept else "nothing saved: no --save"
-        self._console.message(f"stopped by {reason}; {saved}; start again with --load to go on")
+        step, again = (
+            self.state.progress.iteration,
+            f"start it again with --load {self.config.checkpoint.save} to go on",
+        )
+        self._console.message(
+            f"stopped by {reason}; saved at step {step:,}; {again}"
+            if kept
+            else f"stopped by {reason}; nothing saved: no --save"
+        )
         return EXIT_STOPPED
 
     def _leave(self, status: str, reason: str | None) -> None:
@@ -175,7 +184,8 @@ class Run:
         except NonFiniteError as error:
             fatal = self._faults.nonfinite(plan, first, error)
             result = error.result
-        self._stop_asked = result.stop_asked
+        # Of many ranks all must know, which they do with the next step.
+        self._stop_asked = result.stop_asked or (self._world.size == 1 and self._stop.reason is not None)
         self.schedules.advance(progress, plan)
         interval = self.config.optimizer.moment_statistics_interval
         due = interval > 0 and progress.iteration % interval == 0
