@@ -301,12 +301,13 @@ def format_duration(seconds: float | None) -> str:
     return f"{hour}:{minute:02}:{second:02}" if hour else f"{minute:02}:{second:02}"
 
 
-def repetition(samples: int, epoch: int) -> list[str]:
+def repetition(samples: int, epoch: int, *, validated: bool = True) -> list[str]:
     """A note where a run of `samples` reads a corpus of `epoch` samples twice or more: truncated ones count as whole
     ones do, as each time it is the same beginning that is read again."""
+    then = "watch the validation loss, which rises" if validated else "there is no validation, whose loss would rise"
     if not epoch or samples < 2 * epoch:
         return []
     return [
         f"{format_count(samples)} samples are {format_count(samples / epoch)} passes over the {format_count(epoch)} "
-        "of this corpus: watch the validation loss, which rises once they are learnt by heart"
+        f"of this corpus: {then} once they are learnt by heart"
     ]

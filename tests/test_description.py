@@ -39,18 +39,26 @@ def test_the_whole_of_it() -> None:
         f"--lr-decay-tokens 157B {LINEAR} --vocab-size 50257 --save runs/mine"
     )
     data: Any = SimpleNamespace(
-        train=SimpleNamespace(num_samples_per_epoch=9_000_000), num_tokens=(9_216_000_000, 0, 0), notes=("a short one",)
+        train=SimpleNamespace(num_samples_per_epoch=9_000_000),
+        validation=None,
+        num_tokens=(9_216_000_000, 0, 0),
+        notes=("a short one",),
     )
     assert describe(config, data, 50_257, World(), Progress(), look_ahead(config, Progress())).splitlines() == [
         "model      12 layers, hidden 768, 12 heads, 124M parameters, vocabulary 50,257 (padded to 50,304)",
         "data       9,216,000,000 training tokens, 9,000,000 samples an epoch",
-        "length     1024, sequence length warmup: linear from 8 over 1,200 steps",
+        "length     1024, sequence length warmup: linear from 8 over 1,200 steps, now 8",
         "rate       6e-4 cosine to 6e-5 over 157B tokens, warmup 3,000 steps",
         "batch      512 sequences a step, on cpu, bf16 (autocast), from step 1",
         f"until      step {plan_run(config).progress.iteration:,} (5.00B tokens), full length from step 1,200",
         "note       a short one",
     ]
-    assert "vocabulary 50,304\n" in describe(config, data, 50_304, World(), Progress(), look_ahead(config, Progress()))
+    later = Progress(iteration=600, consumed_samples=512 * 600, consumed_tokens=10**8)
+    said = describe(config, data, 50_304, World(), later, look_ahead(config, later))
+    assert "vocabulary 50,304\n" in said and "over 1,200 steps, now 512\n" in said
+    data.train.num_samples_per_epoch = 90_000
+    said = describe(config, data, 50_304, World(), Progress(), look_ahead(config, Progress()))
+    assert "of this corpus: there is no validation, whose loss would rise once" in said
 
 
 @pytest.mark.parametrize(

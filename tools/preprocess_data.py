@@ -96,7 +96,7 @@ def parse_arguments() -> argparse.Namespace:
         type=count,
         default=1000,
         metavar="N",
-        help="documents between two progress lines; 0: none",
+        help="documents between two progress lines, rounded up to whole pieces of work; 0: none",
     )
     old_flags.add_preprocessing(parser)
     return parser.parse_args()

@@ -33,7 +33,7 @@ FIELDS = (
     ("loss_ratio", "loss ratio", ".3f"),
     ("seqlen", "seqlen", ".0f"),
     (BATCH, "batch", ".0f"),
-    ("lr", "lr", ".1e"),
+    ("lr", "lr", ".2e"),
     ("grad_norm", "grad norm", ".2f"),
 )
 """Field of a step, its name here, and how it is written; the batch while it is warmed up."""

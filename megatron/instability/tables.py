@@ -188,7 +188,8 @@ def correlation_table(summaries: Sequence[RunSummary]) -> Table:
         "Loss ratio against Adam's variance (as the paper's Table 3)",
         "Pearson's r over n steps, and p, the chance of an r as far from 0 by accident if steps were independent. They "
         "are not, as Adam's variance is a moving average: p is too small. Relation: none found where p is "
-        f"{NO_RELATION:g} or more; else weak below an r of {WEAK:g}, strong from {STRONG:g} on, inverse below 0.",
+        f"{NO_RELATION:g} or more; else weak below an r of {WEAK:g}, strong from {STRONG:g} on, moderate between, and "
+        "inverse below 0.",
         ("run", "r", "p", "relation", "r", "p", "relation", "n"),
         tuple(
             Row(

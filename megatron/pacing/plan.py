@@ -135,19 +135,23 @@ class Outlook:
     """The end of the run, from where it is."""
     full_length_iteration: int | None
     """First step (1-based) at full length, behind or ahead; None if it is never reached."""
+    seqlen: int | None
+    """Length of the next step; None if there is none."""
 
 
 def look_ahead(config: Config, progress: Progress) -> Outlook:
     """Walk to where the run is, and from there to its end: no more steps than the run has."""
-    full_length_iteration = None
+    full_length_iteration = seqlen = None
     ends = []
     for start, at in ((Progress(), progress.iteration), (progress, None)):
         end = start
         for end, step in walk(config, at, start):
             if full_length_iteration is None and step.seqlen == config.model.seq_length:
                 full_length_iteration = end.iteration + 1
+            if seqlen is None and start is progress:
+                seqlen = step.seqlen
         ends.append(end)
-    return Outlook(ends[0], ends[1], full_length_iteration)
+    return Outlook(ends[0], ends[1], full_length_iteration, seqlen)
 
 
 def reaches_full_length(config: Config) -> bool:

@@ -45,7 +45,7 @@ def describe(
 ) -> str:
     """What is about to happen, in a few lines; `outlook` is that from `progress`."""
     per_epoch = datasets.train.num_samples_per_epoch
-    repeated = repetition(outlook.end.consumed_samples, per_epoch)
+    repeated = repetition(outlook.end.consumed_samples, per_epoch, validated=datasets.validation is not None)
     parameters = parameter_count(config.model, vocab_size)
     padded = config.model.padded_vocab_size(vocab_size)
     padding = f" (padded to {padded:,})" if padded != vocab_size else ""
@@ -57,7 +57,8 @@ def describe(
         f"{config.model.num_attention_heads} heads, {format_count(parameters)} parameters, "
         f"vocabulary {vocab_size:,}{padding}",
         f"data       {datasets.num_tokens[0]:,} training tokens, {per_epoch:,} samples an epoch",
-        f"length     {config.model.seq_length}, sequence length warmup: {seqlen_pacing(config)}",
+        f"length     {config.model.seq_length}, sequence length warmup: {seqlen_pacing(config)}"
+        + (f", now {outlook.seqlen}" if outlook.seqlen not in (None, config.model.seq_length) else ""),
         f"rate       {learning_rate(config)}",
         f"batch      {config.training.global_batch_size} sequences a step{batch_size_pacing(config)}, on {ranks}, "
         f"{precision(config.training)}, from step {progress.iteration + 1:,}",

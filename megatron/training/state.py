@@ -128,6 +128,10 @@ def guarded_settings(config: Config, *, data: str, tokenizer: str) -> dict[str, 
     return settings | {"data": data, "tokenizer": tokenizer}
 
 
+WHENCE = {"lr_decay": " (it follows the length of the run where no --lr-decay-tokens or the like is given)"}
+"""Where a setting comes from that is no flag."""
+
+
 def check_settings(saved: dict[str, Any], current: dict[str, Any], override: tuple[str, ...], where: str) -> list[str]:
     """Compare a checkpoint's settings with the run's.
 
@@ -141,7 +145,7 @@ def check_settings(saved: dict[str, Any], current: dict[str, Any], override: tup
     differences = {n: (_short(saved.get(n)), _short(v)) for n, v in current.items() if saved.get(n) != v}
     refused = {n: d for n, d in differences.items() if n not in allowed or n in SHAPES}
     if refused:
-        lines = "; ".join(f"{n}: checkpoint {old}, now {new}" for n, (old, new) in refused.items())
+        lines = "; ".join(f"{n}: checkpoint {old}, now {new}{WHENCE.get(n, '')}" for n, (old, new) in refused.items())
         fixed = [n for n in refused if n in SHAPES]
         advice = f"allow the change with --override {' '.join(refused)}"
         if fixed:
