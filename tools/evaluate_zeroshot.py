@@ -26,7 +26,7 @@ from megatron import old_flags
 from megatron.checkpointing.weights import DTYPES, Vocabulary, require_apart
 from megatron.config import Config, ModelConfig, TrainingConfig
 from megatron.distributed.launch import connect, read_environment
-from megatron.errors import CommandLineError, run
+from megatron.errors import CommandLineError, note, run
 from megatron.evaluation.loading import load_model, require_tokenizer
 from megatron.evaluation.scoring import MICRO_BATCH_TOKENS
 from megatron.evaluation.zeroshot import Task, ZeroShotConfig, evaluate, evaluate_harness, prepare
@@ -36,6 +36,7 @@ from megatron.instability.zeroshot_results import (
     STRIDE,
     WIKITEXT,
     describe,
+    differences,
     kept_results,
     read_results,
     write_result,
@@ -179,6 +180,8 @@ def main() -> None:
             )
         if world.is_main:
             print(describe(result))
+            if given.task in (WIKITEXT, LAMBADA) and (otherwise := differences(result["task"], result)):
+                note(f"not as the paper measured: {otherwise}")
             for path in write_result(result, load=given.load, output=given.output):
                 print(f"written to {path}")
 

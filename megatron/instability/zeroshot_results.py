@@ -104,15 +104,15 @@ def describe(result: dict[str, Any]) -> str:
     )
 
 
-def differences(task: str, result: Mapping[str, Any], steps: int) -> str:
+def differences(task: str, result: Mapping[str, Any], steps: int | None = None) -> str:
     """In what a result was measured otherwise than the paper's; "" where in nothing.
 
     The paper's are of WikiText-103's test text in windows that move on by STRIDE tokens, and of all of LAMBADA, 1,024
     tokens at a time, after a run's last step; ours are in fp32 unless asked for otherwise.
 
     Args:
-        task: WIKITEXT or STRICT_LAMBADA.
-        steps: of the whole run.
+        task: WIKITEXT or one of the LAMBADAs.
+        steps: of the whole run, where they are known.
     """
     needed = ("original_tokens", "overlapping_eval") if task == WIKITEXT else ("examples", "truncated")
     missing = [name for name in ("seq_length", *needed) if not isinstance(result.get(name), int)]
@@ -128,7 +128,7 @@ def differences(task: str, result: Mapping[str, Any], steps: int) -> str:
         "" if task != WIKITEXT or result["overlapping_eval"] == STRIDE else f"stride {result['overlapping_eval']:,}",
         f"{cut:,} cut to the context" if cut else "",
         "" if dtype == "float32" else f"in {dtype}",
-        "" if at is None or int(at[1]) == steps else f"at step {int(at[1]):,} of {steps:,}",
+        "" if at is None or steps is None or int(at[1]) == steps else f"at step {int(at[1]):,} of {steps:,}",
     ]
     return ", ".join(filter(None, differ))
 
