@@ -65,8 +65,8 @@ def read_definition(path: str | Path, flag: str) -> bytes:
     try:
         return Path(path).read_bytes()
     except OSError as error:
-        where = "" if Path(path).is_absolute() else f" from {Path.cwd()}"
-        raise UserError(f"{flag} {path}: cannot be read{where} ({error.strerror or error})") from None
+        where = "" if Path(path).is_absolute() else f", seen from {Path.cwd()}"
+        raise UserError(f"{flag} {path}: cannot be read ({error.strerror or error}{where})") from None
 
 
 def fingerprint_of(*contents: bytes) -> str:
