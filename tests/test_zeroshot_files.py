@@ -95,8 +95,8 @@ def test_the_text_is_not_written_over(tool: Callable[..., None], run: Path, wiki
         (["--task", "piqa,LAMBADA"], "--task piqa,LAMBADA: LAMBADA is evaluated by itself: give one at a time"),
         (["--task", "wikitext103"], "--task wikitext103: there is none; did you mean WIKITEXT103?"),
         (["--task", "lambada", "--valid-data", "x"], "drop --valid-data, or correct --task; did you mean LAMBADA?"),
-        (["--task", LAMBADA, "--valid-data", "d/nothere"], "--valid-data d/nothere: cannot be read (No such file or directory, seen from /"),
-        (["--task", WIKITEXT, "--valid-data", "d/nothere"], "--valid-data d/nothere: cannot be read (No such file or directory, seen from /"),
+        (["--task", LAMBADA, "--valid-data", "d/nothere"], "cannot be read (No such file or directory, seen from /"),
+        (["--task", WIKITEXT, "--valid-data", "d/nothere"], "cannot be read (No such file or directory, seen from /"),
         (["--task", LAMBADA, "--valid-dat", "x"], "unknown flag --valid-dat (did you mean --valid-data?); see --help"),
     ],
 )
