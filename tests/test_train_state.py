@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 
 from megatron.config import SeqlenWarmupConfig, TrainingConfig
+from megatron.errors import UserError
 from megatron.instability.loss_ratio import PositionMatchedLossRatio
 from megatron.optimizer.loss_scale import LossScaler
 from megatron.pacing.seqlen_warmup import AdaptivePacing
 from megatron.progress import Progress
-from megatron.training.state import TrainState
+from megatron.training.state import TrainState, check_settings
 
 WRITTEN_ONLY = {"layout", "rng", "settings", "versions"}
 """What load_dict leaves to others."""
@@ -58,3 +59,18 @@ def test_each_part_is_missed(left_out: str) -> None:
     state, resumed = used(), fresh()
     resumed.load_dict(parts(state) | {left_out: parts(fresh())[left_out]})
     assert parts(resumed) != parts(state)
+
+
+def test_no_override_gives_weights_other_shapes() -> None:
+    saved, now = (
+        {"lr": 1.0, "hidden_size": 64, "lr_decay": "9 iters"},
+        {"lr": 2.0, "hidden_size": 32, "lr_decay": "8 iters"},
+    )
+    same = saved | {"lr": 2.0}
+    assert check_settings(saved, same, ("lr",), "it") == ["lr: 1.0 -> 2.0"]
+    with pytest.raises(UserError, match=r"lr: checkpoint 1.0, now 2.0. Use .*, or allow the change with --override lr$"):
+        check_settings(saved, same, (), "it")
+    with pytest.raises(UserError, match=r"hidden_size: checkpoint 64, now 32. Use .* the shapes of its hidden_size$"):
+        check_settings(saved, now, ("lr", "hidden-size", "lr_decay"), "it")
+    with pytest.raises(UserError, match=r"now 8 iters \(it follows the length of the run where no --lr-decay-tokens"):
+        check_settings(saved, now, ("lr",), "it")
