@@ -196,7 +196,10 @@ def test_old_preprocessing_scripts(
         "--merge-file m --append-eod --output-prefix p --workers 2 --log-interval 100 --dataset-impl"
     )
     monkeypatch.setattr(sys, "argv", [*script.split(), "mmap"])
-    assert preprocess_data.parse_arguments().output_prefix == "p"
+    parsed = preprocess_data.parse_arguments()
+    assert parsed.output_prefix == "p"
+    monkeypatch.setattr(sys, "argv", [*script.replace("--vocab-file", "--vocab").split(), "mmap"])
+    assert preprocess_data.parse_arguments() == parsed
     assert "note: --dataset-impl does nothing here: mmap is what is written" in capsys.readouterr().err
     for words, message in (
         ("lazy", "--dataset-impl lazy is not offered here: mmap is the only format"),
