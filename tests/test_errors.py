@@ -107,3 +107,13 @@ def test_under_torchrun_the_rank_with_the_message_has_time_to_say_it(fault, spea
     )
     assert done.returncode == 1
     assert done.stderr.count(f"error: [rank {speaker}] --lr x: expected a number") == done.stderr.count("error: ") == 1
+
+
+def test_a_package_that_is_missing_is_one_line() -> None:
+    """As where nobody has activated the environment; -S leaves out what is installed."""
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-S", str(root / "tools/plan_run.py")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: the Python package ") and f"for {sys.executable}: `source" in done.stderr

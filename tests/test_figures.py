@@ -205,3 +205,10 @@ def test_seeds_of_a_setting_share_a_colour_and_an_entry() -> None:
     runs = [Run(name, {}, {}) for name in ("slw-seed1", "baseline", "slw-seed2", "slw", "other_seed7")]
     assert places_of(runs) == [0, 1, 0, 0, 2]
     assert legend_of(runs) == [(0, "slw (3 seeds)"), (1, "baseline"), (2, "other_seed7")]
+
+
+def test_there_are_no_half_steps() -> None:
+    axis = Figure().subplots()
+    steps = np.arange(1.0, 7.0)
+    draw_panel(axis, Panel("", "loss", "", x="iteration"), [Run("a", {"iteration": steps, "loss": steps}, {})])
+    assert len(axis.get_xticks()) > 2 and not any(tick % 1 for tick in axis.get_xticks())
