@@ -209,6 +209,6 @@ def test_seeds_of_a_setting_share_a_colour_and_an_entry() -> None:
 
 def test_there_are_no_half_steps() -> None:
     axis = Figure().subplots()
-    steps = np.arange(1.0, 7.0)
+    steps = np.arange(1.0, 21.0)
     draw_panel(axis, Panel("", "loss", "", x="iteration"), [Run("a", {"iteration": steps, "loss": steps}, {})])
     assert len(axis.get_xticks()) > 2 and not any(tick % 1 for tick in axis.get_xticks())
