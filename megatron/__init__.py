@@ -13,7 +13,7 @@ def _end_quietly(kind: type[BaseException], value: BaseException, trace: Traceba
     missing = isinstance(value, ModuleNotFoundError) and value.name
     if issubclass(kind, KeyboardInterrupt):
         print("error: interrupted", file=sys.stderr)
-    elif missing and not missing.startswith("megatron"):
+    elif missing and not missing.startswith("megatron") and not os.environ.get("MEGATRON_DEBUG"):
         where = "`source .venv/bin/activate`, which scripts/quickstart.sh makes, or install what pyproject.toml lists"
         print(f"error: the Python package {missing} is not installed for {sys.executable}: {where}", file=sys.stderr)
     else:

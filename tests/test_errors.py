@@ -1,5 +1,6 @@
 """How a program ends where a user can mend what is wrong."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -111,9 +112,11 @@ def test_under_torchrun_the_rank_with_the_message_has_time_to_say_it(fault, spea
 
 def test_a_package_that_is_missing_is_one_line() -> None:
     """As where nobody has activated the environment; -S leaves out what is installed."""
-    root = Path(__file__).parents[1]
-    done = subprocess.run(
-        [sys.executable, "-S", str(root / "tools/plan_run.py")], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 1 and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("error: the Python package ") and f"for {sys.executable}: `source" in done.stderr
+    command = [sys.executable, "-S", str(Path(__file__).parents[1] / "tools/plan_run.py")]
+    for debug in ("", "1"):
+        environment = os.environ | {"MEGATRON_DEBUG": debug}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        assert done.returncode == 1 and ("Traceback" in done.stderr) == bool(debug)
+        if not debug:
+            assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: the Python package ")
+            assert f"for {sys.executable}: `source" in done.stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -211,6 +212,13 @@ def test_old_preprocessing_scripts(
             preprocess_data.parse_arguments()
 
 
+def refusals(monkeypatch: pytest.MonkeyPatch, script: str, parse: Callable[[], object]) -> list[str]:
+    monkeypatch.setattr(sys, "argv", script.split())
+    with pytest.raises(UserError) as caught:
+        parse()
+    return str(caught.value).split("; ")
+
+
 def test_old_evaluation_scripts(monkeypatch: pytest.MonkeyPatch) -> None:
     """The flags that v1.1.5's documentation gives tasks/main.py for WikiText-103 and LAMBADA."""
     script = (
@@ -219,10 +227,7 @@ def test_old_evaluation_scripts(monkeypatch: pytest.MonkeyPatch) -> None:
         "--seq-length 1024 --max-position-embeddings 1024 --log-interval 10 --fp16 --no-load-optim --no-load-rng "
         "--model-parallel-size 1 --openai-gelu --strict-lambada --overlapping-eval 32 --lrr 1"
     )
-    monkeypatch.setattr(sys, "argv", script.split())
-    with pytest.raises(UserError) as caught:
-        evaluate_zeroshot.parse_arguments()
-    assert str(caught.value).split("; ") == [
+    assert refusals(monkeypatch, script, evaluate_zeroshot.parse_arguments) == [
         "--num-layers, --hidden-size, --num-attention-heads, --max-position-embeddings are not flags here: not needed, "
         "as the checkpoint says it",
         "--batch-size is not a flag here: give --micro-batch-tokens N, the tokens of a forward pass",
@@ -244,10 +249,7 @@ def test_old_generation_scripts(monkeypatch: pytest.MonkeyPatch) -> None:
         "--merge-file m --genfile g --num-samples 8 --top_p 0.9 --top_k 0 --recompute --seed 1 --no-load-optim "
         "--DDP-impl local --data-path d"
     )
-    monkeypatch.setattr(sys, "argv", script.split())
-    with pytest.raises(UserError) as caught:
-        generate_samples_gpt2.parse_arguments()
-    assert str(caught.value).split("; ") == [
+    assert refusals(monkeypatch, script, generate_samples_gpt2.parse_arguments) == [
         "--model-parallel-size is not a flag here: not needed, as any layout is read",
         "--num-layers, --hidden-size, --num-attention-heads, --max-position-embeddings, --seq-length are not flags "
         "here: not needed, as the checkpoint says it",

@@ -276,12 +276,15 @@ def test_losses_of_other_texts_are_said_not_to_compare(tmp_path: Path) -> None:
         return verdict(runs)
 
     assert "cannot be compared" not in said()
-    assert "base and slw differ in --data-path: losses of other texts" in said(slw="b")
+    assert "base and slw differ in --data-path: where that is another text" in said(slw="b")
     (tmp_path / "slw" / "config.yaml").unlink()
     assert "cannot be compared" not in verdict(runs)
 
 
 def test_a_loss_between_validations_is_said_to_be_one(tmp_path: Path) -> None:
-    runs = planted(tmp_path, {"base": [4.0] * 6, "slw": [4.0] * 4})
-    assert "at 400 tokens, between two validations" in verdict(runs)
-    assert "between" not in verdict(planted(tmp_path, {"base": [4.0] * 4, "slw": [3.0] * 4}))
+    """The first run was validated at 200, 400 and 600 tokens."""
+    write_losses(tmp_path / "base", [4.0, 4.0, 3.0, 3.0, 2.0, 2.0])
+    for name, tokens, between in (("slw", 100, False), ("long", 125, True)):
+        write_losses(tmp_path / name, [4.0] * 4, tokens=tokens)
+        text = verdict(read_runs([str(tmp_path / "base"), str(tmp_path / name)]))
+        assert ("at 500 tokens, between two validations" in text) == between == ("between" in text)

@@ -72,8 +72,8 @@ def main() -> int:
         print(json.dumps(totals | {"memory": memory}))
     else:
         try:
-            corpus = training_tokens(config.data) or 0
-            notes = repetition(totals["consumed_samples"], (corpus - 1) // config.model.seq_length if corpus else 0)
+            corpus = training_tokens(config.data) or 1
+            notes = repetition(totals["consumed_samples"], (corpus - 1) // config.model.seq_length)
         except UserError as error:  # a plan needs no data
             notes = [str(error)]
         print(*tables, memory_table(memory), *(f"note: {text}" for text in notes), sep="\n\n")

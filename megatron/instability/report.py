@@ -117,8 +117,8 @@ def _texts_sentence(first: Run, other: Run) -> str:
     if not differ:
         return ""
     return (
-        f"{first.name} and {other.name} differ in {' and '.join(differ)}: losses of other texts, tokenizers or lengths "
-        "cannot be compared."
+        f"{first.name} and {other.name} differ in {' and '.join(differ)}: where that is another text, tokenizer or "
+        "length, their losses cannot be compared."
     )
 
 
@@ -148,7 +148,8 @@ def _loss_sentence(first: Run, other: Run) -> str:
         losses = [end.validation_loss for end in ends]
     else:
         losses = [run.validation_loss_at(shared) for run in (first, other)]
-        where += ", between two validations"
+        if not all(shared in run.validation("consumed_tokens") for run in (first, other)):
+            where += ", between two validations"
     if losses[0] is None or losses[1] is None:
         return f"{first.name} and {other.name} were not validated at the same tokens."
     return _compare_losses((first.name, other.name), (losses[0], losses[1]), where)
