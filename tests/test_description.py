@@ -110,7 +110,7 @@ def test_the_end_is_that_of_the_run_as_it_is() -> None:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ("--train-iters 9 --lr 1.5e-4", "1.5e-4 cosine to 0 over 9 steps, no warmup"),
+        ("--train-iters 9 --lr 1.5e-4 --lr-warmup-iters 1", "1.5e-4 cosine to 0 over 9 steps, warmup 1 step"),
         ("--train-samples 4000 --lr 1 --lr-warmup-samples 1000 --lr-decay-style linear",
          "1e0 linear to 0 over 4,000 samples, warmup 1,000 samples"),
         ("--train-tokens 1B --lr 3e-3 --min-lr 1e-5 --lr-decay-style wsd --lr-warmup-tokens 25M",
